@@ -1,0 +1,23 @@
+"""The models by name: `MODELS[name]` has `Config`, `PRESETS` and `Model`."""
+
+import dataclasses
+
+from custom_models import cvae, cwgan_gp, dcgan, ddpm
+from custom_models.config import ModelConfig
+from utils import InputError
+
+MODELS = {"cvae": cvae, "dcgan": dcgan, "ddpm": ddpm, "cwgan_gp": cwgan_gp}
+
+
+def make_config(model: str, preset: str = "baseline", **settings) -> ModelConfig:
+    """The preset's config with some settings changed; InputError for an unknown name or value."""
+    if model not in MODELS:
+        raise InputError(f"unknown model {model!r}; known are {', '.join(MODELS)}")
+    presets = MODELS[model].PRESETS
+    if preset not in presets:
+        raise InputError(f"{model} has no preset {preset!r}; it has {', '.join(presets)}")
+    known = [field.name for field in dataclasses.fields(MODELS[model].Config)]
+    for name in settings:
+        if name not in known:
+            raise InputError(f"{model} has no setting {name!r}; it has {', '.join(known)}")
+    return dataclasses.replace(presets[preset], **settings)

@@ -1,0 +1,48 @@
+"""What the configuration of every model has in common."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from utils import InputError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Settings that every model has; each model's config adds its own and sets its defaults."""
+
+    image_size: int = 28  # pixels
+    image_channels: int = 3
+    n_classes: int = 8
+    epochs: int = 100  # passes over the training images
+    batch_size: int = 128
+    ema_decay: float = 0.0  # of the weights' running mean; 0: none
+    flips_and_turns: bool = False  # one of the eight at random for each image
+    validation_epochs: int = 0  # epochs between validation KIDs; 0: the last step is kept
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            kind = type(field.default)
+            if kind is float and type(value) is int:
+                object.__setattr__(self, field.name, float(value))
+            elif kind is tuple and isinstance(value, list):
+                object.__setattr__(self, field.name, tuple(value))
+            elif type(value) is not kind:
+                raise InputError(f"{field.name} must be {kind.__name__}, got {value!r}")
+        for name in ("image_size", "image_channels", "n_classes", "epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.ema_decay < 1:
+            raise InputError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        if self.validation_epochs < 0:
+            raise InputError(f"validation_epochs must not be negative, got {self.validation_epochs}")
+
+    @property
+    def images_per_step(self) -> int:
+        """Real images that one call of `training_step` takes."""
+        return self.batch_size
+
+    def require(self, condition: bool, name: str, rule: str) -> None:
+        """Raise InputError naming the setting `name`, unless the condition holds."""
+        if not condition:
+            raise InputError(f"{name} must be {rule}, got {getattr(self, name)}")

@@ -1,0 +1,181 @@
+"""Conditional Wasserstein GAN with gradient penalty (Gulrajani et al. 2017, "Improved Training of
+Wasserstein GANs"; equation numbers and algorithm 1 are those of the paper), with a class embedding
+as an extra plane of the critic's image and as an extra part of the generator's noise (Mirza and
+Osindero 2014), and spectral normalisation in the critic (Miyato et al. 2018).
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from custom_models.config import ModelConfig
+from custom_models.layers import init_dcgan
+
+
+@dataclass(frozen=True)
+class Config(ModelConfig):
+    latent_dim: int = 100
+    embed_size: int = 100  # of the generator's class embedding
+    base_channels: int = 64  # at half the image's side; doubled at each further halving
+    critic_steps: int = 5  # critic updates to one of the generator
+    gradient_penalty: float = 10.0  # λ of equation (3)
+    lr: float = 1e-4
+    beta1_critic: float = 0.0  # of Adam
+    beta1_generator: float = 0.5
+    beta2: float = 0.9
+    epochs: int = 120
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require(self.image_size >= 8, "image_size", "at least 8")
+        for name in ("latent_dim", "embed_size", "base_channels", "critic_steps"):
+            self.require(getattr(self, name) >= 1, name, "at least 1")
+        self.require(self.gradient_penalty >= 0, "gradient_penalty", "at least 0")
+
+    @property
+    def images_per_step(self) -> int:
+        """Every critic update sees its own real images: an epoch is one pass of the critic."""
+        return self.batch_size * self.critic_steps
+
+
+PRESETS = {
+    "baseline": Config(),
+    "quick": replace(Config(), base_channels=32, epochs=30, batch_size=32),
+}
+
+
+def _sizes(config: Config) -> list[int]:
+    """Sides from the image down to about 4 pixels: 28, 14, 7, 4 or 64, 32, 16, 8, 4."""
+    sizes = [config.image_size]
+    while sizes[-1] > 4:
+        sizes.append((sizes[-1] + 1) // 2)
+    return sizes
+
+
+class Generator(nn.Module):
+    """z [N, latent_dim] and labels [N] → images in [-1, 1], [N, C, S, S]."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        sizes = _sizes(config)
+        widths = [config.base_channels * 2**i for i in range(len(sizes) - 1)]
+        self.embedding = nn.Embedding(config.n_classes, config.embed_size)
+        inputs = config.latent_dim + config.embed_size
+        layers = [nn.ConvTranspose2d(inputs, widths[-1], sizes[-1], bias=False)]
+        for level in range(len(widths) - 1, 0, -1):
+            layers += [nn.BatchNorm2d(widths[level]), nn.ReLU()]
+            layers += [_doubling(widths[level], widths[level - 1], sizes[level])]
+        layers += [nn.BatchNorm2d(widths[0]), nn.ReLU()]
+        layers += [_doubling(widths[0], config.image_channels, sizes[0]), nn.Tanh()]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, latents: Tensor, labels: Tensor) -> Tensor:
+        inputs = torch.cat([latents, self.embedding(labels)], dim=1)
+        return self.layers(inputs[:, :, None, None])
+
+
+def _doubling(inputs: int, outputs: int, size: int) -> nn.ConvTranspose2d:
+    """Doubles the side; a kernel of 3 reaches an odd one (4 → 7) that 4 would overshoot."""
+    return nn.ConvTranspose2d(inputs, outputs, 3 if size % 2 else 4, stride=2, padding=1, bias=False)
+
+
+class Critic(nn.Module):
+    """Images in [-1, 1] and labels [N] → scores [N], higher for real ones."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.image_size = config.image_size
+        self.embedding = nn.Embedding(config.n_classes, config.image_size**2)
+        layers, previous, size = [], config.image_channels + 1, config.image_size
+        for level in range(len(_sizes(config)) - 1):
+            width = config.base_channels * 2**level
+            layers.append(spectral_norm(nn.Conv2d(previous, width, 4, 2, padding=1, bias=False)))
+            # Not batch norm: the penalty is on each image's own gradient (section 4). Nor on the
+            # first layer, as in DCGAN.
+            layers += [nn.InstanceNorm2d(width)] if level > 0 else []
+            layers.append(nn.LeakyReLU(0.2))
+            previous, size = width, size // 2
+        layers += [spectral_norm(nn.Conv2d(previous, 1, size, bias=False)), nn.Flatten(0)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        plane = self.embedding(labels).view(-1, 1, self.image_size, self.image_size)
+        return self.layers(torch.cat([images, plane], dim=1))
+
+
+class Model(nn.Module):
+    conditional = True
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.generator = Generator(config)
+        self.generator.apply(init_dcgan)
+        self.critic = Critic(config)
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        config = self.config
+        betas_generator = (config.beta1_generator, config.beta2)
+        betas_critic = (config.beta1_critic, config.beta2)
+        return {
+            "generator": torch.optim.Adam(self.generator.parameters(), config.lr, betas_generator),
+            "critic": torch.optim.Adam(self.critic.parameters(), config.lr, betas_critic),
+        }
+
+    def latents(self, n: int, device: torch.device, generator=None) -> Tensor:
+        return torch.randn(n, self.config.latent_dim, device=device, generator=generator)
+
+    def training_step(self, images: Tensor, labels: Tensor, optimizers: dict) -> dict[str, Tensor]:
+        """`critic_steps` critic updates on as many batches, then one of the generator (algorithm 1).
+
+        images: [-1, 1], [critic_steps · N, C, S, S]; labels: as many.
+        """
+        steps = self.config.critic_steps
+        logged = []
+        for reals, classes in zip(images.chunk(steps), labels.chunk(steps), strict=True):
+            with torch.no_grad():
+                fakes = self.generator(self.latents(len(reals), reals.device), classes)
+            # Equation (3): E[f(G(z))] - E[f(x)] + λ E[(‖∇f(x̂)‖₂ - 1)²].
+            wasserstein = self.critic(reals, classes).mean() - self.critic(fakes, classes).mean()
+            penalty = self.gradient_norm_penalty(reals, fakes, classes)
+            loss_critic = -wasserstein + self.config.gradient_penalty * penalty
+            optimizers["critic"].zero_grad(set_to_none=True)
+            loss_critic.backward()
+            optimizers["critic"].step()
+            logged.append(torch.stack([loss_critic, wasserstein, penalty]).detach())
+
+        self.critic.requires_grad_(False)
+        fakes = self.generator(self.latents(len(classes), reals.device), classes)
+        loss_generator = -self.critic(fakes, classes).mean()
+        optimizers["generator"].zero_grad(set_to_none=True)
+        loss_generator.backward()
+        optimizers["generator"].step()
+        self.critic.requires_grad_(True)
+
+        loss_critic, wasserstein, penalty = torch.stack(logged).mean(0)
+        return {
+            "loss_critic": loss_critic,
+            "loss_generator": loss_generator,
+            "wasserstein": wasserstein,
+            "gradient_penalty": penalty,
+        }
+
+    def gradient_norm_penalty(self, reals: Tensor, fakes: Tensor, labels: Tensor) -> Tensor:
+        """E[(‖∇f(x̂)‖₂ - 1)²] at x̂ on lines between real and generated images of one class.
+
+        `labels` are those of the reals and those that the fakes were drawn for, so that the
+        mixture belongs to them too. Always float32: the second derivative does not bear less.
+        """
+        with torch.autocast(reals.device.type, enabled=False):
+            weights = torch.rand(len(reals), 1, 1, 1, device=reals.device)
+            mixed = (weights * reals + (1 - weights) * fakes.float()).requires_grad_(True)
+            scores = self.critic(mixed, labels)
+            (gradient,) = torch.autograd.grad(scores.sum(), mixed, create_graph=True)
+            return ((gradient.flatten(1).norm(dim=1) - 1) ** 2).mean()
+
+    @torch.no_grad()
+    def sample(self, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """G(z, class) for z ~ N(0, I); [-1, 1], [N, C, S, S]."""
+        return self.generator(self.latents(len(labels), labels.device, generator), labels)

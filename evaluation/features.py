@@ -1,0 +1,212 @@
+"""Features of uint8 images from a fixed network, computed once for each set."""
+
+import hashlib
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from utils import InputError, cache_folder, progress, write_atomically
+
+DEMO_FILE = Path(__file__).with_name("demo_extractor.pt")
+INCEPTION_URL = (
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+    "pt_inception-2015-12-05-6726825d.pth"
+)
+INCEPTION_SHA256_PREFIX = "6726825d"  # the publisher's own, at the end of the file's name
+LABELS = {"googlenet-1024": "GoogLeNet-1024"}
+
+# Measured: eight images are the fastest on a CPU, whose cache they still fit.
+CPU_BATCH, CUDA_BATCH = 8, 256
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A network that maps uint8 [N, 3, H, W] to float32 [N, dim].
+
+    name: as it stands in a protocol; distance_name: how a Fréchet distance on these features may
+    be called, "FID" for pytorch-fid's Inception-v3 alone; sha256: of the weights' file.
+    """
+
+    name: str
+    distance_name: str
+    sha256: str
+    dim: int
+    module: torch.nn.Module
+    device: torch.device
+
+
+class Inception(torch.nn.Module):
+    """pytorch-fid's Inception-v3 on uint8 images; it resizes to 299 pixels itself."""
+
+    def __init__(self):
+        super().__init__()
+        from pytorch_fid.inception import InceptionV3
+
+        self.net = InceptionV3([InceptionV3.BLOCK_INDEX_BY_DIM[2048]])
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.net(images.float() / 255)[0].flatten(1)
+
+
+def load_extractor(spec: str | Path, device: torch.device | str = "cpu") -> Extractor:
+    """Load a feature extractor in evaluation mode and try it on a few random images.
+
+    spec: "inception" (pytorch-fid's Inception-v3 of Heusel et al. 2017, 2048-d), "demo" (64-d,
+    comes with the project) or a TorchScript file that maps uint8 [N, 3, H, W] to float32 [N, D].
+    Raises InputError for a missing, broken or foreign file and for output of another form.
+    """
+    device = torch.device(device)
+    path = Path(spec)
+    if spec == "inception":
+        path = _inception_file()
+        module = _load_inception(path).to(device)
+    else:
+        path = DEMO_FILE if spec == "demo" else path
+        module = _load_torchscript(path, device)
+    module.eval()
+    if device.type == "cpu":
+        module.to(memory_format=torch.channels_last)
+    dim = _probe(module, path, device)
+    name, distance_name = path.stem, f"FD ({LABELS.get(path.stem, path.stem)})"
+    if spec == "inception":
+        name, distance_name = f"inception-{dim}", "FID"
+    elif spec == "demo":
+        name, distance_name = f"demo-{dim}", "FD (demo)"
+    return Extractor(name, distance_name, _sha256(path), dim, module, device)
+
+
+def extract(images: torch.Tensor, extractor: Extractor, desc: str = "features") -> torch.Tensor:
+    """Features of uint8 [N, 3, H, W] images in [0, 255]: float32 [N, dim] on the CPU.
+
+    They are kept in the cache folder under the images' and the extractor's sha256. Raises
+    InputError for images of another dtype or shape and for features that are not finite.
+    """
+    _check_images(images)
+    images = images.cpu().contiguous()
+    digest = hashlib.sha256(repr(tuple(images.shape)).encode())
+    digest.update(images.numpy())
+    name = f"{digest.hexdigest()[:16]}-{extractor.sha256[:16]}.pt"
+    cached = cache_folder() / "features" / name
+    features = _read_cache(cached, (len(images), extractor.dim))
+    if features is None:
+        batches = images.split(CUDA_BATCH if extractor.device.type == "cuda" else CPU_BATCH)
+        features = torch.cat(
+            [
+                _run(extractor.module, batch, extractor.device, extractor.name)
+                for batch in progress(batches, total=len(batches), desc=desc)
+            ]
+        )
+        write_atomically(cached, lambda path: torch.save(features, path))
+    return features
+
+
+def _check_images(images: torch.Tensor) -> None:
+    if images.numel() == 0:
+        raise InputError(f"there are no images to evaluate: shape {list(images.shape)}")
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise InputError(
+            "evaluation takes uint8 images [N, 3, H, W] in [0, 255], got "
+            f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)} in "
+            f"[{images.min().item():g}, {images.max().item():g}]; "
+            "convert with utils.to_uint8 and repeat a grey channel three times"
+        )
+
+
+def _run(module, batch: torch.Tensor, device: torch.device, name: str | Path) -> torch.Tensor:
+    """Features of one batch on the CPU, with their form checked."""
+    if device.type == "cpu":
+        batch = batch.contiguous(memory_format=torch.channels_last)
+    # TF32 would move the features by about 1e-3 away from a CPU's.
+    exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+    with torch.inference_mode(), exact:
+        features = module(batch.to(device))
+    if not isinstance(features, torch.Tensor):
+        raise InputError(f"extractor {name} returns {type(features).__name__}, not one tensor")
+    form = (features.dtype, features.ndim, len(features) if features.ndim else 0)
+    if form != (torch.float32, 2, len(batch)):
+        raise InputError(
+            f"extractor {name} must return float32 [{len(batch)}, D] for {len(batch)} images, "
+            f"got {str(features.dtype).removeprefix('torch.')} {list(features.shape)}"
+        )
+    if not features.isfinite().all():
+        raise InputError(f"extractor {name} returns NaN or infinite features; use another file")
+    return features.cpu()
+
+
+def _probe(module, path: Path, device: torch.device) -> int:
+    """The features' dimension, from random images of BloodMNIST's size."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (3, 3, 28, 28), generator=generator, dtype=torch.uint8)
+    try:
+        together, alone = (_run(module, part, device, path) for part in (images, images[:1]))
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise InputError(f"extractor {path} fails on uint8 [3, 3, 28, 28] images: {reason}")
+    # A module traced in training mode keeps its batch statistics and dropout even after eval().
+    if not torch.allclose(together[:1], alone, rtol=1e-3, atol=1e-3 * alone.abs().max().item()):
+        raise InputError(
+            f"extractor {path}: an image's features change with the others in its batch; "
+            "export the module after eval()"
+        )
+    return together.shape[1]
+
+
+def _load_torchscript(path: Path, device: torch.device) -> torch.nn.Module:
+    if not path.is_file():
+        raise InputError(
+            f"extractor {path} does not exist; give inception, demo or a TorchScript file"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"`torch\.jit\.load` is deprecated", FutureWarning)
+            return torch.jit.load(path, map_location=device)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{path} is no whole TorchScript file ({reason}); get it anew") from None
+
+
+def _inception_file() -> Path:
+    """The Inception weights, downloaded if they are not there, with their sha256 checked."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.rsplit("/", 1)[1]
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(INCEPTION_URL, path, INCEPTION_SHA256_PREFIX)
+        except (OSError, RuntimeError) as error:
+            raise InputError(
+                f"cannot download {INCEPTION_URL} ({error}); put the file at {path}, "
+                "or use --extractor FILE"
+            ) from None
+    # Before it is opened: the file is a pickle.
+    if not _sha256(path).startswith(INCEPTION_SHA256_PREFIX):
+        raise InputError(
+            f"{path} is not pytorch-fid's file: its sha256 begins with {_sha256(path)[:8]}, not "
+            f"{INCEPTION_SHA256_PREFIX}; remove it and get {INCEPTION_URL}"
+        )
+    return path
+
+
+def _load_inception(path: Path) -> torch.nn.Module:
+    try:
+        return Inception()
+    except ImportError as error:
+        raise InputError(
+            f"the inception extractor needs pytorch-fid ({error}): pip install pytorch-fid, "
+            "or use --extractor FILE"
+        ) from None
+
+
+def _read_cache(path: Path, shape: tuple[int, int]) -> torch.Tensor | None:
+    try:
+        features = torch.load(path, weights_only=True)
+        usable = features.shape == shape and features.dtype == torch.float32
+        return features if usable and features.isfinite().all() else None
+    except Exception:  # a broken file raises nearly anything, and is computed anew
+        return None
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

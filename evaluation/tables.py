@@ -1,0 +1,236 @@
+"""Tables of results, made from the runs' records and from nothing else."""
+
+import csv
+import json
+import math
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+from evaluation.protocol import Protocol
+from utils import InputError, write_atomically
+
+BUDGETS = ("full", "reduced", "quick")
+REDUCED_SEEDS = 3
+FIELDS = (
+    "model",
+    "preset",
+    "seed",
+    "dataset",
+    "metrics",
+    "budget",
+    "images_seen",
+    "seconds",
+    "device",
+)
+METRICS = (
+    "frechet_distance",
+    "kid",
+    "kid_standard_error",
+    "mean_image_distance",
+)
+
+
+def collect(folder: str | Path) -> list[dict]:
+    """Every `record.json` under `folder`, in the order of their paths.
+
+    Raises InputError, naming the file, for one that is no whole record.
+    """
+    paths = sorted(Path(folder).rglob("record.json"))
+    return [_read_record(path) for path in paths]
+
+
+def split_by_budget(records: list[dict]) -> dict[str, list[dict]]:
+    """Records by budget: full, reduced and quick ones never share a table."""
+    return {budget: [r for r in records if r["budget"] == budget] for budget in BUDGETS}
+
+
+def results_table(records: list[dict], floor: dict | None = None) -> list[dict]:
+    """One row for each model and preset, its distances as mean ± sd (ddof = 1) over seeds.
+
+    records: of one budget and one protocol; floor: what `protocol.floor` returned, the first row.
+    The rows are sorted by Fréchet distance, by KID where the images are too few for the former
+    (it is None then). A number that may not be shown is None, and `note` says why. Raises
+    InputError for mixed budgets or protocols and for a seed that comes twice.
+    """
+    budgets = sorted({record["budget"] for record in records})
+    if len(budgets) > 1:
+        raise InputError(
+            f"runs of the budgets {', '.join(budgets)} cannot share a table; "
+            "use split_by_budget first"
+        )
+    metrics = [record["metrics"] for record in records] + ([floor] if floor else [])
+    _check_same_protocol(metrics)
+
+    groups = defaultdict(list)
+    for record in records:
+        groups[record["model"], record["preset"], record["dataset"]["name"]].append(record)
+    rows = [_row(*key, group) for key, group in groups.items()]
+    by = "frechet_mean" if any(row["frechet_mean"] is not None for row in rows) else "kid_mean"
+    rows.sort(key=lambda row: (row[by] is None, row[by] or 0, row["model"], row["preset"]))
+    return ([_floor_row(floor)] if floor else []) + rows
+
+
+def write_table(rows: list[dict], folder: str | Path, stem: str) -> None:
+    """Write `stem`.csv with raw numbers and `stem`.md with rounded ones into `folder`.
+
+    Raises InputError where there are no rows.
+    """
+    if not rows:
+        raise InputError(f"there are no records for the table {stem}; train a model first")
+
+    def write_csv(path: Path) -> None:
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+
+    text = _markdown(rows)
+    write_atomically(Path(folder) / f"{stem}.csv", write_csv)
+    write_atomically(
+        Path(folder) / f"{stem}.md", lambda path: path.write_text(text, encoding="utf-8")
+    )
+
+
+def _read_record(path: Path) -> dict:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        missing = [field for field in FIELDS if field not in record]
+        if missing:
+            raise InputError(f"{path} lacks {', '.join(missing)}; run it again")
+        record["dataset"]["name"], record["metrics"]["distance_name"]
+        Protocol(**record["metrics"]["protocol"])
+        numbers = [record["metrics"][name] for name in METRICS]
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is no whole record ({error!r}); remove it and run it again")
+    if not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers):
+        raise InputError(f"{path} holds a metric that is no finite number; run it again")
+    if record["budget"] not in BUDGETS:
+        raise InputError(
+            f"{path}: unknown budget {record['budget']!r}; known are {', '.join(BUDGETS)}"
+        )
+    return record
+
+
+def _check_same_protocol(metrics: list[dict]) -> None:
+    """Refuse two protocols in one table, and say in which fields they differ."""
+    for other in metrics[1:]:
+        first, second = Protocol(**metrics[0]["protocol"]), Protocol(**other["protocol"])
+        if first.key() != second.key():
+            a, b = first.to_dict(), second.to_dict()
+            fields = "; ".join(f"{k}: {a[k]} and {b[k]}" for k in a if a[k] != b[k])
+            raise InputError(
+                f"numbers under different protocols cannot share a table ({fields}); "
+                "make one table for each"
+            )
+
+
+def _row(model: str, preset: str, dataset: str, group: list[dict]) -> dict:
+    seeds = [record["seed"] for record in group]
+    if len(set(seeds)) < len(seeds):
+        raise InputError(
+            f"{model} {preset} on {dataset}: seeds {sorted(seeds)} hold one twice; "
+            "every run in a mean must be a training of its own"
+        )
+    metrics = [record["metrics"] for record in group]
+    protocol = Protocol(**metrics[0]["protocol"])
+    frechet = [m["frechet_distance"] for m in metrics] if protocol.frechet_is_sound else []
+    kid = [m["kid"] for m in metrics]
+    note = "" if frechet else metrics[0]["warnings"][0]
+    if group[0]["budget"] == "reduced":
+        reason = _reduced_shortfall(frechet, metrics)
+        if reason:
+            frechet, kid, note = [], [], f"not measured ({reason})"
+    return _columns(model, preset, dataset, metrics[0]) | {
+        "budget": group[0]["budget"],
+        "seeds": len(group),
+        **_mean_and_sd("frechet", frechet),
+        **_mean_and_sd("kid", kid),
+        "images_seen": statistics.mean(record["images_seen"] for record in group),
+        "seconds": statistics.mean(record["seconds"] for record in group),
+        "note": note,
+    }
+
+
+def _reduced_shortfall(frechet: list[float], metrics: list[dict]) -> str:
+    """Why a run at a reduced budget may not be shown; empty where it may."""
+    if len(metrics) < REDUCED_SEEDS:
+        return f"{len(metrics)} of {REDUCED_SEEDS} seeds"
+    if not frechet:
+        return "too few images for a Fréchet distance"
+    if statistics.mean(frechet) >= statistics.mean(m["mean_image_distance"] for m in metrics) / 2:
+        return "not below half the mean image's distance"
+    return ""
+
+
+def _floor_row(floor: dict) -> dict:
+    protocol = Protocol(**floor["protocol"])
+    frechet = [floor["frechet_distance"]] if protocol.frechet_is_sound else []
+    return _columns("real cells (held out)", "", protocol.dataset, floor) | {
+        "budget": "",
+        "seeds": None,
+        **_mean_and_sd("frechet", frechet),
+        **_mean_and_sd("kid", [floor["kid"]]),
+        "images_seen": None,
+        "seconds": None,
+        "note": "" if frechet else floor["warnings"][0],
+    }
+
+
+def _columns(model: str, preset: str, dataset: str, metrics: dict) -> dict:
+    protocol = Protocol(**metrics["protocol"])
+    return {
+        "model": model,
+        "preset": preset,
+        "dataset": dataset,
+        "image_size": protocol.image_size,
+        "reference_split": protocol.reference_split,
+        "n_real": protocol.n_real,
+        "n_fake": protocol.n_fake,
+        "label_distribution": protocol.label_distribution,
+        "extractor": protocol.extractor,
+        "extractor_sha256": protocol.extractor_sha256,
+        "protocol": protocol.key(),
+        "distance_name": metrics["distance_name"],
+    }
+
+
+def _mean_and_sd(name: str, values: list[float]) -> dict:
+    return {
+        f"{name}_mean": statistics.mean(values) if values else None,
+        f"{name}_sd": statistics.stdev(values) if len(values) > 1 else None,
+    }
+
+
+def _markdown(rows: list[dict]) -> str:
+    first = rows[0]
+    lines = [
+        f"| Model | Preset | Seeds | {first['distance_name']} | KID × 1000 |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for row in rows:
+        seeds = "–" if row["seeds"] is None else row["seeds"]
+        frechet, kid = _cell(row, "frechet", 1, 1), _cell(row, "kid", 1000, 2)
+        if row["note"].startswith("not measured"):
+            frechet = kid = row["note"]
+        lines.append(f"| {row['model']} | {row['preset'] or '–'} | {seeds} | {frechet} | {kid} |")
+    lines += [
+        "",
+        f"{first['dataset']} at {first['image_size']} pixels: {first['n_fake']:,} images with "
+        f"{first['label_distribution']} against the {first['n_real']:,} of the "
+        f"{first['reference_split']} split; features of {first['extractor']} (sha256 "
+        f"{first['extractor_sha256'][:8]}); mean ± sd over seeds; protocol {first['protocol']}.",
+    ]
+    notes = {row["note"] for row in rows if row["note"]}
+    lines += [f"\n{note}." for note in sorted(notes) if not note.startswith("not measured")]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: dict, name: str, factor: float, digits: int) -> str:
+    mean, sd = row[f"{name}_mean"], row[f"{name}_sd"]
+    if mean is None:
+        return "–"
+    text = f"{factor * mean:.{digits}f}"
+    if row["seeds"] is None:
+        return text
+    return f"{text} ± –" if sd is None else f"{text} ± {factor * sd:.{digits}f}"

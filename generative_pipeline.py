@@ -1,0 +1,520 @@
+"""The one pipeline behind every model: training, sampling, evaluation, checkpoints, the record.
+
+    pipeline = GenerativePipeline("cvae", preset="baseline", dataset="bloodmnist", seed=0)
+    pipeline.train()                      # goes on where the last checkpoint stands
+    images = pipeline.sample(labels)      # uint8 [N, C, S, S]
+    record = pipeline.evaluate()          # measures, draws the figures, writes record.json
+
+A run lives in one folder: checkpoint.pt, progress/ (the same noise at 25, 50, 75 and 100 % of the
+training), samples.png, losses.png and record.json.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import json
+import pickle
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.optim.swa_utils import AveragedModel
+
+from custom_models import MODELS, make_config
+from evaluation import features, figures, kid, protocol
+from utils import (
+    InputError,
+    class_balanced_labels,
+    find_duplicates,
+    keep_freed_memory,
+    load_dataset,
+    make_grid,
+    pick_device,
+    progress,
+    random_flips_and_turns,
+    save_png,
+    seed_everything,
+    to_model_range,
+    to_uint8,
+    write_atomically,
+)
+
+# Part of every run's key. Raise it with any change that alters what a training or a measurement
+# gives; finished runs of other versions are then run again.
+CODE_VERSION = 1
+CHECKPOINT_FORMAT = 1
+SAMPLE_BATCH = 128  # fixed, so that a seed gives the same images everywhere
+
+
+def derive_seed(seed: int, purpose: str, step: int = 0) -> int:
+    """An independent 63-bit seed for each purpose and step of a run."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def run_folder(results: str | Path, model: str, preset: str, seed: int) -> Path:
+    """Where a run lives: RESULTS/runs/MODEL-PRESET/seedK."""
+    return Path(results) / "runs" / f"{model}-{preset}" / f"seed{seed}"
+
+
+class GenerativePipeline:
+    """Trains, samples and measures one model with one seed.
+
+    model, preset: names in `custom_models.MODELS` and its PRESETS; **settings change fields of the
+    preset's config. dataset, data_root: as in `utils.load_dataset`. out: the run's folder.
+    extractor: `inception`, `demo` or a TorchScript file. device: auto, cpu or cuda.
+    checkpoint_seconds: at least so long between checkpoints, which are written at ends of epochs.
+    compile: torch.compile the networks; gains on CUDA only, and not where a gradient penalty needs
+    a second derivative. Raises InputError for anything it can't work with.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        preset: str = "baseline",
+        dataset: str = "bloodmnist",
+        seed: int = 0,
+        out: str | Path | None = None,
+        data_root: str | Path | None = None,
+        extractor: str | Path = "inception",
+        device: str = "auto",
+        checkpoint_seconds: float = 60,
+        compile: bool = False,
+        **settings,
+    ):
+        self.name, self.preset, self.seed = model, preset, seed
+        self.config = make_config(model, preset, **settings)
+        self.out = Path(out) if out else run_folder("results", model, preset, seed)
+        self.device = pick_device(device)
+        self.checkpoint_seconds = checkpoint_seconds
+        self.extractor_name = extractor
+        self.sets = {
+            split: load_dataset(dataset, data_root, self.config.image_size, split)
+            for split in ("train", "val", "test", "held_out")
+        }
+        train = self.sets["train"]
+        self.config = dataclasses.replace(
+            self.config, n_classes=len(train.classes), image_channels=train.images.shape[1]
+        )
+        self.dataset_sha256 = train.sha256()
+        self.train_set = train.to(self.device)
+        self.steps_per_epoch = len(train) // self.config.images_per_step
+        if self.steps_per_epoch == 0:
+            raise InputError(
+                f"one step takes {self.config.images_per_step} images, but {train.name} has only "
+                f"{len(train)} to train on; lower batch_size"
+            )
+        self.total_steps = self.steps_per_epoch * self.config.epochs
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        self._set_up_model(compile)
+
+    def _set_up_model(self, compile: bool) -> None:
+        seed_everything(derive_seed(self.seed, "initial weights"))
+        self.model = MODELS[self.name].Model(self.config)
+        self.model.to(self.device, memory_format=torch.channels_last)
+        self.optimizers = self.model.optimizers()
+        self.ema = self._make_ema() if self.config.ema_decay else None
+        self.step, self.seconds, self.history, self.best = 0, 0.0, [], None
+        if compile:
+            for network in self.model.children():
+                network.compile()  # in place: the keys of the state stay plain
+
+    def _make_ema(self) -> AveragedModel:
+        def average(mean, current, n_averaged):
+            # Short at first, so that the initial weights are soon forgotten.
+            decay = torch.clamp((1 + n_averaged) / (10 + n_averaged), max=self.config.ema_decay)
+            if not mean.is_floating_point():
+                return current
+            return current.lerp(mean, decay.to(mean))
+
+        return AveragedModel(self.model, avg_fn=average, use_buffers=True)
+
+    # -----------------------------------------------------------------------------------------
+    # Training
+    # -----------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Train to the config's number of epochs, from the last checkpoint if there is one.
+
+        Data order and noise are functions of (seed, step), so that a resumed training equals an
+        uninterrupted one. Raises InputError if the loss stops being finite.
+        """
+        self.load_checkpoint()
+        if self.step >= self.total_steps:
+            return
+        writer = self._tensorboard()
+        last_saved = time.monotonic()
+        epochs = range(self.step // self.steps_per_epoch, self.config.epochs)
+        bar = progress(epochs, desc=f"{self.name} {self.preset} seed {self.seed}, epochs")
+        with _deterministic_on(self.device):
+            for epoch in bar:
+                row = self._train_epoch(epoch)
+                self.history.append(row)
+                if hasattr(bar, "set_postfix"):
+                    bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k != "epoch"})
+                if writer:
+                    for name, value in row.items():
+                        writer.add_scalar(name, value, self.step)
+                self._validate(epoch)
+                self._save_progress_grid(epoch)
+                done = self.step == self.total_steps
+                if done or time.monotonic() - last_saved >= self.checkpoint_seconds:
+                    self.save_checkpoint()
+                    last_saved = time.monotonic()
+        if writer:
+            writer.close()
+
+    def _train_epoch(self, epoch: int) -> dict[str, float]:
+        """One pass over the shuffled training images; returns the mean of what is logged."""
+        start = time.monotonic()
+        self.model.train()
+        order = torch.Generator(self.device)
+        order.manual_seed(derive_seed(self.seed, "data order", epoch))
+        permutation = torch.randperm(len(self.train_set), generator=order, device=self.device)
+        size, sums = self.config.images_per_step, {}
+        for rows in permutation.split(size)[: self.steps_per_epoch]:
+            torch.manual_seed(derive_seed(self.seed, "step", self.step))
+            images = to_model_range(self.train_set.images[rows])
+            if self.config.flips_and_turns:
+                images = random_flips_and_turns(images)
+            images = images.contiguous(memory_format=torch.channels_last)
+            with self._autocast():
+                logged = self.model.training_step(
+                    images, self.train_set.labels[rows], self.optimizers
+                )
+            if self.ema:
+                self.ema.update_parameters(self.model)
+            for name, value in logged.items():
+                sums[name] = sums.get(name, 0) + value.detach().float()
+            self.step += 1
+        row = {name: (total / self.steps_per_epoch).item() for name, total in sums.items()}
+        self.seconds += time.monotonic() - start
+        if not all(np.isfinite(list(row.values()))):
+            raise InputError(
+                f"{self.name} {self.preset} seed {self.seed} diverged in epoch {epoch + 1}: "
+                f"{row}; lower the learning rate"
+            )
+        return {"epoch": epoch + 1, **row}
+
+    def _autocast(self):
+        return torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda")
+
+    def _validate(self, epoch: int) -> None:
+        """Every `validation_epochs`, keep the weights if their validation KID is the lowest yet."""
+        every = self.config.validation_epochs
+        if not every or (epoch + 1) % every:
+            return
+        val = self.sets["val"]
+        extractor = self.extractor()
+        fakes = self._sample_from(
+            self._averaged_model(), val.labels, derive_seed(self.seed, "validation")
+        )
+        value, _ = kid.kernel_distance(
+            features.extract(val.images, extractor),
+            features.extract(fakes, extractor, cache=False),
+        )
+        self.history[-1]["validation_kid"] = value
+        if self.best is None or value < self.best["validation_kid"]:
+            state = {k: v.clone() for k, v in self._averaged_model().state_dict().items()}
+            self.best = {"step": self.step, "validation_kid": value, "state": state}
+
+    def _save_progress_grid(self, epoch: int) -> None:
+        """The same noise at 25, 50, 75 and 100 % of the training."""
+        marks = {-(-self.config.epochs * percent // 100): percent for percent in (25, 50, 75, 100)}
+        if epoch + 1 in marks:
+            labels = class_balanced_labels(self.config.n_classes, 8)
+            images = self._sample_from(
+                self._averaged_model(), labels, derive_seed(self.seed, "progress")
+            )
+            path = self.out / "progress" / f"{marks[epoch + 1]:03d}.png"
+            save_png(make_grid(images, columns=8, zoom=2), path)
+
+    def _tensorboard(self):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return None
+        return SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step + 1)
+
+    # -----------------------------------------------------------------------------------------
+    # Checkpoints
+    # -----------------------------------------------------------------------------------------
+
+    @property
+    def checkpoint_path(self) -> Path:
+        return self.out / "checkpoint.pt"
+
+    def save_checkpoint(self) -> None:
+        """Write the whole state aside and rename it: plain types and tensors only."""
+        state = {
+            "format": CHECKPOINT_FORMAT,
+            "identity": self._identity(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "history": self.history,
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else None,
+            "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
+            "best": self.best,
+        }
+        write_atomically(self.checkpoint_path, lambda path: torch.save(state, path))
+
+    def load_checkpoint(self) -> bool:
+        """Take up the state of the run's checkpoint; False where there is none."""
+        path = self.checkpoint_path
+        if not path.exists():
+            return False
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, KeyError, ValueError):
+            raise InputError(f"{path} is broken or no checkpoint; delete it to start anew") from None
+        if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
+            raise InputError(f"{path} is not a checkpoint of this suite; delete it to start anew")
+        stored, own = state["identity"], self._identity()
+        differing = [
+            f"{name} ({stored.get(name)!r} there, {own.get(name)!r} here)"
+            for name in sorted({*stored, *own})
+            if stored.get(name) != own.get(name)
+        ]
+        if differing:
+            raise InputError(
+                f"{path} is of another run: {', '.join(differing)}; choose another folder"
+            )
+        self.model.load_state_dict(state["model"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.history, self.best = state["history"], state["best"]
+        return True
+
+    def _identity(self) -> dict:
+        """What must be the same for a checkpoint to be this run's: flat, plain types."""
+        config = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(self.config).items()
+        }
+        return {
+            "model": self.name,
+            "preset": self.preset,
+            "seed": self.seed,
+            "dataset_sha256": self.dataset_sha256,
+            "code_version": CODE_VERSION,
+            **config,
+        }
+
+    # -----------------------------------------------------------------------------------------
+    # Sampling
+    # -----------------------------------------------------------------------------------------
+
+    def _averaged_model(self) -> torch.nn.Module:
+        """The weights that are sampled during training: their running mean where there is one.
+
+        AveragedModel holds them as `module`; what is saved and loaded is that inner module.
+        """
+        return self.ema.module if self.ema else self.model
+
+    def kept_model(self) -> torch.nn.Module:
+        """The trained model: the best step's weights where validation chose one, else the last."""
+        model = copy.deepcopy(self._averaged_model())
+        if self.best:
+            model.load_state_dict(self.best["state"])
+        return model.eval()
+
+    def sample(
+        self, labels: torch.Tensor, seed: int | None = None, raw: bool = False
+    ) -> torch.Tensor:
+        """Draw one image for each label, uint8 [N, C, S, S] on the CPU.
+
+        labels: int64 [N]; an unconditional model uses only their number. seed: of the noise, the
+        run's own by default. raw: from the last step's raw weights instead of the kept ones.
+        """
+        model = self.model if raw else self.kept_model()
+        seed = derive_seed(self.seed if seed is None else seed, "samples")
+        return self._sample_from(model, labels, seed)
+
+    def _sample_from(self, model, labels: torch.Tensor, seed: int) -> torch.Tensor:
+        was_training = model.training
+        model.eval()  # batch statistics would let one image of a batch change another
+        generator = torch.Generator(self.device).manual_seed(seed)
+        batches = labels.split(SAMPLE_BATCH)
+        if len(batches) > 8:
+            batches = progress(batches, desc="samples, batches")
+        images = []
+        with torch.inference_mode(), self._autocast():
+            for batch in batches:
+                images.append(to_uint8(model.sample(batch.to(self.device), generator)).cpu())
+        model.train(was_training)
+        return torch.cat(images)
+
+    # -----------------------------------------------------------------------------------------
+    # Evaluation and the record
+    # -----------------------------------------------------------------------------------------
+
+    @property
+    def record_path(self) -> Path:
+        return self.out / "record.json"
+
+    def extractor(self) -> features.Extractor:
+        return features.load_extractor(self.extractor_name, self.device)
+
+    def run_key(self) -> str:
+        """Hash of config, data, extractor and code version: equal keys, equal results."""
+        content = {**self._identity(), "extractor_sha256": self.extractor().sha256}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def finished_record(self) -> dict | None:
+        """The record of this very run if it has been written, else None."""
+        try:
+            record = json.loads(self.record_path.read_text())
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            raise InputError(f"{self.record_path} is not JSON; delete it to measure anew") from None
+        return record if record.get("key") == self.run_key() else None
+
+    def evaluate(self) -> dict:
+        """Measure the trained model under the default protocol and write the run's record.
+
+        As many images as there are held-out real ones, with their labels, are compared with the
+        train split. Returns the record; a finished one is read, not measured again.
+        """
+        record = self.finished_record()
+        if record:
+            return record
+        if self.step < self.total_steps:
+            raise InputError(f"{self.out} is trained to step {self.step} of {self.total_steps}")
+        held_out, train = self.sets["held_out"], self.sets["train"]
+        start = time.monotonic()
+        fakes = self.sample(held_out.labels)
+        sampling_seconds = time.monotonic() - start
+        extractor = self.extractor()
+        metrics = protocol.evaluate(train, held_out, fakes, extractor)
+        colours = [part.double().mean((0, 2, 3)) for part in (fakes, train.images)]
+        metrics["mean_colour_error"] = (colours[0] - colours[1]).abs().mean().item()
+        self._draw_figures(fakes)
+        record = self._record(metrics, sampling_seconds)
+        text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+        write_atomically(self.record_path, lambda path: path.write_text(text))
+        return record
+
+    def _draw_figures(self, fakes: torch.Tensor) -> None:
+        held_out = self.sets["held_out"]
+        figures.save(
+            figures.real_and_generated(
+                held_out, fakes, self.model.conditional, f"{self.name} {self.preset}"
+            ),
+            self.out / "samples.png",
+        )
+        figures.save(figures.loss_curves(self.history), self.out / "losses.png")
+
+    def nearest_training_images(self, images: torch.Tensor, k: int = 4) -> torch.Tensor:
+        """For each image the k nearest training images in feature space, uint8 [N, k, C, S, S]."""
+        extractor, train = self.extractor(), self.sets["train"]
+        distances = torch.cdist(
+            features.extract(images, extractor), features.extract(train.images, extractor)
+        )
+        return train.images[distances.topk(k, largest=False).indices]
+
+    def budget(self) -> str:
+        """`full`: the preset's own epochs; `reduced`: fewer, or a stand-in; `quick`: for tests."""
+        if self.preset == "quick":
+            return "quick"
+        fewer = self.config.epochs < MODELS[self.name].PRESETS[self.preset].epochs
+        return "reduced" if fewer or self.preset == "small" else "full"
+
+    def _record(self, metrics: dict, sampling_seconds: float) -> dict:
+        train, held_out = self.sets["train"], self.sets["held_out"]
+        duplicates = find_duplicates([self.sets[split] for split in ("train", "val", "test")])
+        images_seen = self.total_steps * self.config.images_per_step
+        cuda = self.device.type == "cuda"
+        peak = (
+            torch.cuda.max_memory_allocated() / 2**20
+            if cuda
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        )
+        return {
+            "key": self.run_key(),
+            "model": self.name,
+            "preset": self.preset,
+            "budget": self.budget(),
+            "seed": self.seed,
+            "config": dataclasses.asdict(self.config),
+            "dataset": {
+                "name": train.name,
+                "split": train.split,
+                "n": len(train),
+                "sha256": self.dataset_sha256,
+                "duplicates_across_splits": len(duplicates),
+            },
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "steps": self.total_steps,
+            "images_seen": images_seen,
+            "kept_step": self.best["step"] if self.best else self.total_steps,
+            "seconds": round(self.seconds, 1),
+            "images_per_second": round(images_seen / self.seconds, 1),
+            "sampling_seconds": round(sampling_seconds, 1),
+            "sampled_images": len(held_out),
+            "device": _device_words(self.device),
+            "threads": torch.get_num_threads(),
+            "precision": "bfloat16" if cuda else "float32",
+            "peak_memory_mib": round(peak),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "numpy": np.__version__,
+                "code": CODE_VERSION,
+            },
+            "git_commit": _git_commit(),
+            "metrics": metrics,
+            "history": self.history,
+        }
+
+
+@contextlib.contextmanager
+def _deterministic_on(device: torch.device):
+    """Deterministic algorithms for a CPU training; they cost too much to force on a GPU."""
+    before = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(before or device.type == "cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid, and slow
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def _device_words(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"CPU ({line.split(':', 1)[1].strip()})"
+    return f"CPU ({platform.processor() or sys.platform})"
+
+
+def _git_commit() -> str | None:
+    """The commit of the code, with `+` where files differ from it; None outside a checkout."""
+    folder = Path(__file__).parent
+    try:
+        commit = subprocess.run(
+            ["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "-C", folder, "diff", "--quiet", "HEAD", "--", "*.py"],
+            capture_output=True,
+            check=False,
+        ).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+" if changed else "")

@@ -1,0 +1,70 @@
+"""Train, sample, measure and record one model with one seed from the command line.
+
+    python train.py --model dcgan --preset baseline --seed 0 --data-root DATA --extractor FILE
+
+A run that was stopped goes on where its last checkpoint stands; a finished one is only shown.
+Needs torch, numpy and matplotlib alone, so that a bare GPU machine can run it.
+"""
+
+import argparse
+import os
+
+from custom_models import MODELS
+from generative_pipeline import GenerativePipeline, run_folder
+from utils import LOADERS, InputError, exit_on_bad_input
+
+
+class OneSentenceParser(argparse.ArgumentParser):
+    """Reports a wrong option as every other bad input: one sentence, exit code 2."""
+
+    def error(self, message: str):
+        raise InputError(f"{message}; see --help")
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = OneSentenceParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help=f"one of {', '.join(MODELS)}")
+    parser.add_argument("--preset", default="baseline", help="baseline, quick, … (baseline)")
+    parser.add_argument("--dataset", default="bloodmnist", help=f"one of {', '.join(LOADERS)}")
+    parser.add_argument("--seed", type=int, default=0, help="of the whole run (0)")
+    parser.add_argument("--data-root", help="folder with the data sets ($DATA_ROOT, else data)")
+    parser.add_argument(
+        "--extractor",
+        default=os.environ.get("EXTRACTOR", "inception"),
+        help="inception, demo or a TorchScript file ($EXTRACTOR, else inception)",
+    )
+    parser.add_argument("--out", help="the run's folder (results/runs/MODEL-PRESET/seedK)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (auto)")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the networks (gains on CUDA only)"
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    pipeline = GenerativePipeline(
+        options.model,
+        preset=options.preset,
+        dataset=options.dataset,
+        seed=options.seed,
+        out=options.out or run_folder("results", options.model, options.preset, options.seed),
+        data_root=options.data_root,
+        extractor=options.extractor,
+        device=options.device,
+        compile=options.compile,
+    )
+    pipeline.extractor()  # a missing one is told before the training, not after it
+    if not pipeline.finished_record():
+        pipeline.train()
+    metrics = pipeline.evaluate()["metrics"]
+    print(
+        f"{metrics['distance_name']} {metrics['frechet_distance']:.1f}, "
+        f"KID {metrics['kid']:.4f} ± {metrics['kid_standard_error']:.4f} "
+        f"→ {pipeline.record_path}"
+    )
+
+
+if __name__ == "__main__":
+    with exit_on_bad_input():
+        main()

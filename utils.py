@@ -1,0 +1,418 @@
+"""Data sets, image ranges, seeds, devices and grids: what every other file builds on.
+
+Images are uint8 tensors [N, C, H, W] at every boundary between parts, labels int64 [N]. Inside a
+model they are float32 in [-1, 1]; `to_model_range` and `to_uint8` are the only two functions that
+convert.
+"""
+
+import contextlib
+import csv
+import ctypes
+import errno
+import hashlib
+import io
+import os
+import random
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+BLOOD_CLASSES = (
+    "basophil",
+    "eosinophil",
+    "erythroblast",
+    "immature granulocyte",
+    "lymphocyte",
+    "monocyte",
+    "neutrophil",
+    "platelet",
+)
+SPLITS = ("train", "val", "test")
+
+
+class InputError(ValueError):
+    """Bad input, said in one sentence: which file or value, what is wrong, what to do."""
+
+
+@contextlib.contextmanager
+def exit_on_bad_input():
+    """Turn an `InputError` into one line on stderr and exit code 2, without a traceback."""
+    try:
+        yield
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+# ---------------------------------------------------------------------------------------------
+# Image ranges
+# ---------------------------------------------------------------------------------------------
+
+
+def to_model_range(images: torch.Tensor) -> torch.Tensor:
+    """uint8 [0, 255] → float32 [-1, 1]."""
+    if images.dtype != torch.uint8:
+        raise InputError(f"expected uint8 images in [0, 255], got {images.dtype}")
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """float [-1, 1] → uint8 [0, 255], rounded; values outside are clipped."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def random_flips_and_turns(images: torch.Tensor) -> torch.Tensor:
+    """One of the eight flips and quarter turns for each image, drawn on its device.
+
+    Cells have no up or down. A horizontal flip, a vertical flip and a transposition, each with
+    probability one half, reach all eight elements of the square's symmetry group equally often.
+    images: [N, C, S, S], square.
+    """
+    coins = torch.rand(3, len(images), 1, 1, 1, device=images.device) < 0.5
+    images = torch.where(coins[0], images.flip(3), images)
+    images = torch.where(coins[1], images.flip(2), images)
+    return torch.where(coins[2], images.transpose(2, 3), images)
+
+
+# ---------------------------------------------------------------------------------------------
+# Seeds, device, memory, files
+# ---------------------------------------------------------------------------------------------
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch on every device."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` takes CUDA where there is one; `cuda` without a GPU is an `InputError`."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device {name} was asked for, but torch sees no CUDA GPU; use cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise InputError(f"unknown device {name!r}; use auto, cpu or cuda") from None
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse large freed blocks instead of returning them to the kernel.
+
+    PyTorch's CPU tensors come from malloc, which maps and unmaps every large block anew; the page
+    faults cost up to half of a convolution's time. Has no effect without glibc.
+    """
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
+        mallopt(m_top_pad, 2**28)
+
+
+def progress(iterable, total: int | None = None, desc: str = ""):
+    """The iterable with a tqdm bar where tqdm is installed; plain otherwise."""
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return iterable
+    return tqdm(iterable, total=total, desc=desc, dynamic_ncols=True, mininterval=1.0)
+
+
+def cache_folder() -> Path:
+    """Where resized data sets and extracted features are kept: $CACHE_ROOT, else .cache here."""
+    return Path(os.environ.get("CACHE_ROOT") or Path(__file__).parent / ".cache")
+
+
+def write_atomically(path: str | Path, write) -> None:
+    """Call write(partial_path), then rename: the file is there whole or not at all."""
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        # torch.save reports a full disk as a RuntimeError of its own.
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        if full or isinstance(error, OSError) or "file write failed" in str(error):
+            reason = "no space left on the disk" if full else str(error)
+            raise InputError(f"cannot write {path}: {reason}; make room or choose another folder")
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# Data sets
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Labelled images of one split.
+
+    images: uint8 [N, C, H, W]; labels: int64 [N]; classes: one name for each label.
+    """
+
+    name: str
+    split: str
+    images: torch.Tensor
+    labels: torch.Tensor
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def sha256(self) -> str:
+        """Of the labels' and pixels' bytes."""
+        digest = hashlib.sha256(self.labels.cpu().numpy().tobytes())
+        digest.update(self.images.cpu().contiguous().numpy())
+        return digest.hexdigest()
+
+    def to(self, device: torch.device) -> "ImageSet":
+        return ImageSet(
+            self.name, self.split, self.images.to(device), self.labels.to(device), self.classes
+        )
+
+
+def load_dataset(
+    name: str, root: str | Path | None = None, size: int = 28, split: str = "train"
+) -> ImageSet:
+    """Load one split of a data set.
+
+    name: `bloodmnist`, `pbc` or `demo`. root: the folder with its files ($DATA_ROOT by default).
+    size: pixels. split: `train`, `val`, `test`, or `held_out` (validation and test together).
+    Raises InputError with one sentence for anything missing, broken or foreign.
+    """
+    if name not in LOADERS:
+        raise InputError(f"unknown data set {name!r}; known are {', '.join(LOADERS)}")
+    if split == "held_out":
+        val, test = (load_dataset(name, root, size, part) for part in ("val", "test"))
+        images, labels = torch.cat([val.images, test.images]), torch.cat([val.labels, test.labels])
+        return ImageSet(val.name, split, images, labels, val.classes)
+    if split not in SPLITS:
+        raise InputError(f"unknown split {split!r}; known are {', '.join(SPLITS)}, held_out")
+    root = Path(root or os.environ.get("DATA_ROOT") or "data")
+    label, images, labels, classes = LOADERS[name](root, size, split)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise InputError(
+            f"{name} in {root}: images must be uint8 [N, {size}, {size}, 3], "
+            f"got {images.dtype} {list(images.shape)}; get the file anew"
+        )
+    labels = labels.reshape(-1).astype(np.int64)
+    if len(labels) != len(images) or len(labels) == 0:
+        raise InputError(f"{name} in {root}: {len(images)} images but {len(labels)} labels")
+    if labels.min() < 0 or labels.max() >= len(classes):
+        raise InputError(
+            f"{name} in {root}: a label lies outside the {len(classes)} classes "
+            f"(0 to {len(classes) - 1}): {labels.min()} to {labels.max()}"
+        )
+    images = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    return ImageSet(label, split, images, torch.from_numpy(labels), tuple(classes))
+
+
+# A file rebuilt from PBC by MedMNIST's recipe: class counts of each split are the official ones,
+# membership is only in part, so its results carry another name.
+REBUILT_BLOODMNIST_SHA256 = "31344426d83ddd165526f5130a41c604a49ecd29a6c50f8277f7433debc62d53"
+
+
+def _load_bloodmnist(root: Path, size: int, split: str):
+    """BloodMNIST (Yang et al. 2023): the .npz in `root`, else downloaded through medmnist."""
+    path = root / ("bloodmnist.npz" if size == 28 else f"bloodmnist_{size}.npz")
+    if not path.exists():
+        _download_bloodmnist(root, size, path)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            images, labels = file[f"{split}_images"], file[f"{split}_labels"]
+    except KeyError as error:
+        raise InputError(f"{path} is not a MedMNIST file: {error.args[0]}; get it anew") from None
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} cannot be read ({error}); it may be cut short, get it anew")
+    if images.shape[1:3] != (size, size):
+        raise InputError(f"{path} holds images of {images.shape[1:3]}, not {size}×{size} pixels")
+    rebuilt = hashlib.sha256(path.read_bytes()).hexdigest() == REBUILT_BLOODMNIST_SHA256
+    return "BloodMNIST (rebuilt)" if rebuilt else "BloodMNIST", images, labels, BLOOD_CLASSES
+
+
+def _download_bloodmnist(root: Path, size: int, path: Path) -> None:
+    help_text = f"set DATA_ROOT (or --data-root) to the folder that holds {path.name}"
+    try:
+        import medmnist
+    except ImportError:
+        raise InputError(f"{path} does not exist and medmnist is not installed; {help_text}")
+    if size not in medmnist.BloodMNIST.available_sizes:
+        raise InputError(
+            f"BloodMNIST has no images of {size} pixels; "
+            f"choose from {', '.join(map(str, medmnist.BloodMNIST.available_sizes))}"
+        )
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        medmnist.BloodMNIST(split="train", root=str(root), size=size, download=True)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path} does not exist and its download failed ({reason}); {help_text}")
+
+
+PBC_FOLDER = "PBC_dataset_normal_DIB"
+PBC_CLASSES = (
+    "basophil",
+    "eosinophil",
+    "erythroblast",
+    "ig",
+    "lymphocyte",
+    "monocyte",
+    "neutrophil",
+    "platelet",
+)
+
+
+def _load_pbc(root: Path, size: int, split: str):
+    """PBC (Acevedo et al. 2020): its folder or its zip, centre crop 200, resized to `size`.
+
+    The split comes from pbc_split.csv beside it; without one, a seeded one of 7 : 1 : 2 by class.
+    The resized images are cached as one file.
+    """
+    if size < 1:
+        raise InputError(f"image size {size} is not positive")
+    source = next((p for p in (root / PBC_FOLDER, root / f"{PBC_FOLDER}.zip") if p.exists()), None)
+    if source is None:
+        raise InputError(
+            f"neither {PBC_FOLDER} nor {PBC_FOLDER}.zip is in {root}; set DATA_ROOT "
+            "(or --data-root) to the folder that holds the Mendeley data set snkd93bnjr"
+        )
+    names, fingerprint = _list_pbc(source)
+    cached = cache_folder() / "pbc" / f"{fingerprint}-{size}.npy"
+    try:
+        images = np.load(cached, mmap_mode="r")
+    except (OSError, ValueError):
+        images = _resize_pbc(source, names, size)
+        write_atomically(cached, lambda path: _save_array(path, images))
+    parts = _pbc_split(root / "pbc_split.csv", names)
+    rows = parts[split]
+    labels = np.array([PBC_CLASSES.index(names[row].split("/")[0]) for row in rows])
+    return "PBC", np.asarray(images[rows]), labels, BLOOD_CLASSES
+
+
+def _save_array(path: Path, array: np.ndarray) -> None:
+    with open(path, "wb") as file:
+        np.save(file, array)
+
+
+def _list_pbc(source: Path) -> tuple[list[str], str]:
+    """Sorted names `class/file.jpg` and a fingerprint of names and sizes."""
+    entries = []
+    try:
+        if source.is_dir():
+            entries = [(p.parent.name, p.name, p.stat().st_size) for p in source.glob("*/*.jpg")]
+        else:
+            with zipfile.ZipFile(source) as archive:
+                for info in archive.infolist():
+                    parts = info.filename.split("/")
+                    if info.filename.lower().endswith(".jpg") and len(parts) >= 2:
+                        entries.append((parts[-2], parts[-1], info.file_size))
+    except (zipfile.BadZipFile, OSError) as error:
+        raise InputError(f"{source} cannot be read ({error}); it may be cut short, get it anew")
+    # The Mendeley folder has a hidden file or two of the system that packed it.
+    entries = sorted(entry for entry in entries if not entry[1].startswith("."))
+    found = {entry[0] for entry in entries}
+    if found != set(PBC_CLASSES):
+        strange, missing = sorted(found - set(PBC_CLASSES)), sorted(set(PBC_CLASSES) - found)
+        raise InputError(
+            f"{source} is not the PBC set: missing classes {missing}, unknown classes {strange}"
+        )
+    fingerprint = hashlib.sha256(repr(entries).encode()).hexdigest()[:16]
+    return [f"{kind}/{file}" for kind, file, _ in entries], fingerprint
+
+
+def _resize_pbc(source: Path, names: list[str], size: int) -> np.ndarray:
+    images = np.empty((len(names), size, size, 3), np.uint8)
+    archive = None if source.is_dir() else zipfile.ZipFile(source)
+    members = {}
+    if archive:
+        members = {"/".join(n.split("/")[-2:]): n for n in archive.namelist()}
+    for row, name in enumerate(progress(names, desc=f"PBC at {size} pixels")):
+        try:
+            data = archive.read(members[name]) if archive else (source / name).read_bytes()
+            image = Image.open(io.BytesIO(data)).convert("RGB")
+        except (UnidentifiedImageError, OSError, zipfile.BadZipFile) as error:
+            raise InputError(f"{source}: image {name} cannot be read ({error}); get it anew")
+        left, top = (image.width - 200) // 2, (image.height - 200) // 2
+        if left < 0 or top < 0:
+            raise InputError(f"{source}: image {name} is smaller than 200×200 pixels")
+        image = image.crop((left, top, left + 200, top + 200))
+        # Pillow's bilinear filter is antialiased.
+        images[row] = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
+    return images
+
+
+def _pbc_split(path: Path, names: list[str]) -> dict[str, list[int]]:
+    """Rows of each split, in the order of the split file, so that every size has the same order."""
+    row_of = {name: row for row, name in enumerate(names)}
+    parts: dict[str, list[int]] = {split: [] for split in SPLITS}
+    if path.exists():
+        with open(path, newline="") as file:
+            for line in csv.DictReader(file):
+                if line.get("split") not in parts or line.get("file") not in row_of:
+                    raise InputError(f"{path}: the line {line} names no split or no file of PBC")
+                parts[line["split"]].append((int(line["index"]), row_of[line["file"]]))
+        return {split: [row for _, row in sorted(rows)] for split, rows in parts.items()}
+    rng = np.random.default_rng(0)
+    for kind in PBC_CLASSES:
+        rows = rng.permutation([row for name, row in row_of.items() if name.startswith(kind)])
+        first, second = int(0.7 * len(rows)), int(0.8 * len(rows))
+        for split, some in zip(SPLITS, np.split(rows, [first, second]), strict=True):
+            parts[split] += some.tolist()
+    return parts
+
+
+LOADERS = {"bloodmnist": _load_bloodmnist, "pbc": _load_pbc}
+
+
+def find_duplicates(sets: list[ImageSet]) -> list[tuple[str, int, str, int]]:
+    """Pixel-identical images that lie in two different splits: (split, row, split, row)."""
+    first: dict[bytes, tuple[str, int]] = {}
+    pairs = []
+    for part in sets:
+        for row, image in enumerate(part.images.cpu().numpy()):
+            key = hashlib.sha256(image.tobytes()).digest()
+            split, other = first.setdefault(key, (part.split, row))
+            if split != part.split:
+                pairs.append((split, other, part.split, row))
+    return pairs
+
+
+# ---------------------------------------------------------------------------------------------
+# Grids
+# ---------------------------------------------------------------------------------------------
+
+
+def make_grid(images: torch.Tensor, columns: int, pad: int = 1, zoom: int = 1) -> np.ndarray:
+    """Tile uint8 [N, C, H, W] images row by row on white; returns uint8 [height, width, 3]."""
+    images = images.cpu()
+    if images.shape[1] == 1:
+        images = images.expand(-1, 3, -1, -1)
+    n, _, height, width = images.shape
+    rows = -(-n // columns)
+    grid = np.full((rows * (height + pad) + pad, columns * (width + pad) + pad, 3), 255, np.uint8)
+    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+        top, left = pad + i // columns * (height + pad), pad + i % columns * (width + pad)
+        grid[top : top + height, left : left + width] = image
+    return grid.repeat(zoom, 0).repeat(zoom, 1)
+
+
+def class_balanced_labels(n_classes: int, per_class: int) -> torch.Tensor:
+    """0…0 1…1 …, int64 [n_classes · per_class]: a grid with one row a class."""
+    return torch.arange(n_classes).repeat_interleave(per_class)
+
+
+def save_png(image: np.ndarray, path: str | Path) -> None:
+    """Write uint8 [height, width, 3] as a PNG, whole or not at all."""
+    write_atomically(path, lambda partial: Image.fromarray(image).save(partial, format="PNG"))
