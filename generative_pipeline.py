@@ -6,7 +6,7 @@
     record = pipeline.evaluate()          # measures, draws the figures, writes record.json
 
 A run lives in one folder: checkpoint.pt, progress/ (the same noise at 25, 50, 75 and 100 % of the
-training), samples.png, losses.png and record.json.
+training), samples.png, samples.npz, losses.png and record.json.
 """
 
 import contextlib
@@ -49,6 +49,7 @@ from utils import (
 # gives; finished runs of other versions are then run again.
 CODE_VERSION = 1
 CHECKPOINT_FORMAT = 1
+SAVED_SAMPLES = 64
 SAMPLE_BATCH = 128  # fixed, so that a seed gives the same images everywhere
 
 
@@ -274,7 +275,9 @@ class GenerativePipeline:
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
         except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, KeyError, ValueError):
-            raise InputError(f"{path} is broken or no checkpoint; delete it to start anew") from None
+            raise InputError(
+                f"{path} is broken or no checkpoint; delete it to start anew"
+            ) from None
         if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
             raise InputError(f"{path} is not a checkpoint of this suite; delete it to start anew")
         stored, own = state["identity"], self._identity()
@@ -397,24 +400,33 @@ class GenerativePipeline:
         fakes = self.sample(held_out.labels)
         sampling_seconds = time.monotonic() - start
         extractor = self.extractor()
-        metrics = protocol.evaluate(train, held_out, fakes, extractor)
+        fields = {"dataset": train.name, "dataset_sha256": self.dataset_sha256}
+        metrics = protocol.evaluate(train.images, fakes, extractor, **fields)
+        metrics["floor"] = protocol.floor(train.images, held_out.images, extractor, **fields)
         colours = [part.double().mean((0, 2, 3)) for part in (fakes, train.images)]
         metrics["mean_colour_error"] = (colours[0] - colours[1]).abs().mean().item()
-        self._draw_figures(fakes)
+        self._save_samples(fakes)
         record = self._record(metrics, sampling_seconds)
         text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
         write_atomically(self.record_path, lambda path: path.write_text(text))
         return record
 
-    def _draw_figures(self, fakes: torch.Tensor) -> None:
-        held_out = self.sets["held_out"]
-        figures.save(
-            figures.real_and_generated(
-                held_out, fakes, self.model.conditional, f"{self.name} {self.preset}"
-            ),
-            self.out / "samples.png",
-        )
+    def _save_samples(self, fakes: torch.Tensor) -> None:
+        """Grids and curves as pictures, and the first images for the comparison of models."""
+        held_out, title = self.sets["held_out"], f"{self.name} {self.preset}"
+        grid = figures.real_and_generated(held_out, fakes, self.model.conditional, title)
+        figures.save(grid, self.out / "samples.png")
         figures.save(figures.loss_curves(self.history), self.out / "losses.png")
+        first = {
+            "images": fakes[:SAVED_SAMPLES].numpy(),
+            "labels": held_out.labels[:SAVED_SAMPLES].numpy(),
+        }
+
+        def write(path: Path) -> None:
+            with open(path, "wb") as file:
+                np.savez_compressed(file, **first)
+
+        write_atomically(self.out / "samples.npz", write)
 
     def nearest_training_images(self, images: torch.Tensor, k: int = 4) -> torch.Tensor:
         """For each image the k nearest training images in feature space, uint8 [N, k, C, S, S]."""
@@ -463,7 +475,7 @@ class GenerativePipeline:
             "images_per_second": round(images_seen / self.seconds, 1),
             "sampling_seconds": round(sampling_seconds, 1),
             "sampled_images": len(held_out),
-            "device": _device_words(self.device),
+            "device": describe_device(self.device),
             "threads": torch.get_num_threads(),
             "precision": "bfloat16" if cuda else "float32",
             "peak_memory_mib": round(peak),
@@ -493,7 +505,7 @@ def _deterministic_on(device: torch.device):
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
-def _device_words(device: torch.device) -> str:
+def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError):

@@ -10,6 +10,7 @@ import argparse
 import os
 
 from custom_models import MODELS
+from custom_models.config import parse_settings
 from generative_pipeline import GenerativePipeline, run_folder
 from utils import LOADERS, InputError, exit_on_bad_input
 
@@ -33,6 +34,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default=os.environ.get("EXTRACTOR", "inception"),
         help="inception, demo or a TorchScript file ($EXTRACTOR, else inception)",
     )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change one setting of the preset's config; may be given again",
+    )
     parser.add_argument("--out", help="the run's folder (results/runs/MODEL-PRESET/seedK)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (auto)")
     parser.add_argument(
@@ -53,6 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
         extractor=options.extractor,
         device=options.device,
         compile=options.compile,
+        **parse_settings(options.set),
     )
     pipeline.extractor()  # a missing one is told before the training, not after it
     if not pipeline.finished_record():

@@ -1,5 +1,6 @@
 """What the configuration of every model has in common."""
 
+import ast
 import dataclasses
 from dataclasses import dataclass
 
@@ -35,7 +36,9 @@ class ModelConfig:
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
         if self.validation_epochs < 0:
-            raise InputError(f"validation_epochs must not be negative, got {self.validation_epochs}")
+            raise InputError(
+                f"validation_epochs must not be negative, got {self.validation_epochs}"
+            )
 
     @property
     def images_per_step(self) -> int:
@@ -46,3 +49,17 @@ class ModelConfig:
         """Raise InputError naming the setting `name`, unless the condition holds."""
         if not condition:
             raise InputError(f"{name} must be {rule}, got {getattr(self, name)}")
+
+
+def parse_settings(pairs: list[str]) -> dict:
+    """`["epochs=5", "sampler=ddim"]` → `{"epochs": 5, "sampler": "ddim"}`, for command lines."""
+    settings = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise InputError(f"{pair!r} is no setting; write NAME=VALUE, such as epochs=5")
+        try:
+            settings[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            settings[name] = value  # a plain word
+    return settings

@@ -6,6 +6,7 @@ mean of a Bernoulli likelihood p(x | z) on (x + 1) / 2.
 """
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,9 @@ class Config(ModelConfig):
     def __post_init__(self):
         super().__post_init__()
         self.require(self.latent_dim >= 1, "latent_dim", "at least 1")
-        self.require(self.image_size >= 2 ** len(self.channels), "image_size", "larger for its layers")
+        self.require(
+            self.image_size >= 2 ** len(self.channels), "image_size", "larger for so many layers"
+        )
 
 
 PRESETS = {
@@ -69,7 +72,7 @@ class Decoder(nn.Module):
         widths = [*reversed(config.channels), config.image_channels]
         self.linear = nn.Linear(inputs, widths[0] * sizes[-1] ** 2)
         layers = [nn.Unflatten(1, (widths[0], sizes[-1], sizes[-1])), nn.ReLU()]
-        for level, (width, following) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        for level, (width, following) in enumerate(pairwise(widths)):
             # A halving of an odd side lost one pixel (7 → 3); give it back (3 → 7).
             odd = sizes[-2 - level] % 2
             layers += [

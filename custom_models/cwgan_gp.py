@@ -78,7 +78,9 @@ class Generator(nn.Module):
 
 def _doubling(inputs: int, outputs: int, size: int) -> nn.ConvTranspose2d:
     """Doubles the side; a kernel of 3 reaches an odd one (4 → 7) that 4 would overshoot."""
-    return nn.ConvTranspose2d(inputs, outputs, 3 if size % 2 else 4, stride=2, padding=1, bias=False)
+    return nn.ConvTranspose2d(
+        inputs, outputs, 3 if size % 2 else 4, stride=2, padding=1, bias=False
+    )
 
 
 class Critic(nn.Module):
@@ -128,9 +130,9 @@ class Model(nn.Module):
         return torch.randn(n, self.config.latent_dim, device=device, generator=generator)
 
     def training_step(self, images: Tensor, labels: Tensor, optimizers: dict) -> dict[str, Tensor]:
-        """`critic_steps` critic updates on as many batches, then one of the generator (algorithm 1).
+        """`critic_steps` critic updates on as many batches, then one of the generator.
 
-        images: [-1, 1], [critic_steps · N, C, S, S]; labels: as many.
+        images: [-1, 1], [critic_steps · N, C, S, S]; labels: as many. Algorithm 1.
         """
         steps = self.config.critic_steps
         logged = []

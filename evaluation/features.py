@@ -61,7 +61,7 @@ def load_extractor(spec: str | Path, device: torch.device | str = "cpu") -> Extr
     path = Path(spec)
     if spec == "inception":
         path = _inception_file()
-        module = _load_inception(path).to(device)
+        module = _load_inception().to(device)
     else:
         path = DEMO_FILE if spec == "demo" else path
         module = _load_torchscript(path, device)
@@ -119,7 +119,9 @@ def _run(module, batch: torch.Tensor, device: torch.device, name: str | Path) ->
     if device.type == "cpu":
         batch = batch.contiguous(memory_format=torch.channels_last)
     # TF32 would move the features by about 1e-3 away from a CPU's.
-    exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+    exact = torch.backends.cudnn.flags(
+        enabled=True, deterministic=True, allow_tf32=False, fp32_precision="ieee"
+    )
     with torch.inference_mode(), exact:
         features = module(batch.to(device))
     if not isinstance(features, torch.Tensor):
@@ -141,7 +143,7 @@ def _probe(module, path: Path, device: torch.device) -> int:
     images = torch.randint(256, (3, 3, 28, 28), generator=generator, dtype=torch.uint8)
     try:
         together, alone = (_run(module, part, device, path) for part in (images, images[:1]))
-    except RuntimeError as error:
+    except (RuntimeError, torch.jit.Error) as error:
         reason = str(error).strip().splitlines()[-1]
         raise InputError(f"extractor {path} fails on uint8 [3, 3, 28, 28] images: {reason}")
     # A module traced in training mode keeps its batch statistics and dropout even after eval().
@@ -188,7 +190,7 @@ def _inception_file() -> Path:
     return path
 
 
-def _load_inception(path: Path) -> torch.nn.Module:
+def _load_inception() -> torch.nn.Module:
     try:
         return Inception()
     except ImportError as error:
@@ -203,7 +205,7 @@ def _read_cache(path: Path, shape: tuple[int, int]) -> torch.Tensor | None:
         features = torch.load(path, weights_only=True)
         usable = features.shape == shape and features.dtype == torch.float32
         return features if usable and features.isfinite().all() else None
-    except Exception:  # a broken file raises nearly anything, and is computed anew
+    except Exception:
         return None
 
 

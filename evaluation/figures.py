@@ -81,7 +81,13 @@ def _side_by_side(
         pixels = make_grid(parts[0][:1], columns=1, zoom=4).shape[0] - 4
         for row, name in enumerate(row_names):
             axes[0].text(
-                -12, (row + 0.5) * pixels, name, ha="right", va="center", fontsize=7, linespacing=0.9
+                -12,
+                (row + 0.5) * pixels,
+                name,
+                ha="right",
+                va="center",
+                fontsize=7,
+                linespacing=0.9,
             )
         figure.subplots_adjust(wspace=0.06, left=0.08, right=0.99, top=0.93, bottom=0.01)
     return figure

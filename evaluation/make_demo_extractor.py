@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from utils import (
-    DEMO_CLASSES,
+    BLOOD_CLASSES,
     draw_demo_cells,
     random_flips_and_turns,
     to_model_range,
@@ -58,7 +58,7 @@ def draw(n_per_class: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def train(extractor: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> nn.Module:
     """Fit the extractor under a linear classifier; returns the classifier."""
-    classifier = nn.Linear(FEATURES, len(DEMO_CLASSES))
+    classifier = nn.Linear(FEATURES, len(BLOOD_CLASSES))
     parameters = [*extractor.parameters(), *classifier.parameters()]
     optimizer = torch.optim.AdamW(parameters, weight_decay=1e-2)
     steps = EPOCHS * -(-len(images) // BATCH)
@@ -104,8 +104,8 @@ def main() -> None:
         "file": "demo_extractor.pt",
         "sha256": hashlib.sha256(data).hexdigest(),
         "features": FEATURES,
-        "classes": list(DEMO_CLASSES),
-        "train": {"n": TRAIN_DRAW[0] * len(DEMO_CLASSES), "draw_seed": TRAIN_DRAW[1]},
+        "classes": list(BLOOD_CLASSES),
+        "train": {"n": TRAIN_DRAW[0] * len(BLOOD_CLASSES), "draw_seed": TRAIN_DRAW[1]},
         "test": {"n": len(labels), "draw_seed": TEST_DRAW[1], "accuracy": right / len(labels)},
         "epochs": EPOCHS,
         "seed": SEED,

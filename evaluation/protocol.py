@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from evaluation.features import Extractor, extract
-from evaluation.frechet import frechet_distance, gaussian_statistics
+from evaluation.frechet import Statistics, frechet_distance, gaussian_statistics
 from evaluation.kid import kernel_distance
 from utils import InputError
 
@@ -41,9 +41,15 @@ class Protocol:
         return asdict(self)
 
     @property
-    def frechet_is_sound(self) -> bool:
-        """Whether both sets are large enough for a Fréchet distance in so many dimensions."""
-        return min(self.n_real, self.n_fake) > 1.5 * self.feature_dim
+    def frechet_warning(self) -> str:
+        """Why a Fréchet distance means little at this number of images; empty where it is sound."""
+        n = min(self.n_real, self.n_fake)
+        if n > 1.5 * self.feature_dim:
+            return ""
+        return (
+            f"Fréchet distance at n = {n} in {self.feature_dim} dimensions "
+            "is dominated by sampling error"
+        )
 
 
 def evaluate(
@@ -82,24 +88,16 @@ def evaluate(
         extractor_sha256=extractor.sha256,
         feature_dim=extractor.dim,
     )
-    warnings = []
-    if not protocol.frechet_is_sound:
-        warnings.append(
-            f"Fréchet distance at n = {min(len(real), len(fake))} in {extractor.dim} dimensions "
-            "is dominated by sampling error"
-        )
     kid, error = kernel_distance(real_features, fake_features)
-    distance = frechet_distance(
-        gaussian_statistics(real_features), gaussian_statistics(fake_features)
-    )
+    real_statistics = gaussian_statistics(real_features)
     return {
-        "frechet_distance": distance,
+        "frechet_distance": frechet_distance(real_statistics, gaussian_statistics(fake_features)),
         "kid": kid,
         "kid_standard_error": error,
-        "mean_image_distance": ceiling(real, extractor),
+        "mean_image_distance": _mean_image_distance(real, real_statistics, extractor),
         "distance_name": extractor.distance_name,
         "protocol": protocol.to_dict(),
-        "warnings": warnings,
+        "warnings": [protocol.frechet_warning] if protocol.frechet_warning else [],
     }
 
 
@@ -117,14 +115,15 @@ def ceiling(real: torch.Tensor, extractor: Extractor) -> float:
 
     real: uint8 [N, 3, H, W]. It is the scale for a generator that has learned little.
     """
-    mean, covariance = gaussian_statistics(extract(real, extractor, "real features"))
-    # Copies have no covariance, and one copy has the features of all.
-    copy = extract(_mean_image(real), extractor, "mean image")[0].double()
-    return frechet_distance((copy, torch.zeros_like(covariance)), (mean, covariance))
+    features = extract(real, extractor, "real features")
+    return _mean_image_distance(real, gaussian_statistics(features), extractor)
 
 
-def _mean_image(images: torch.Tensor) -> torch.Tensor:
-    total = torch.zeros(images.shape[1:], dtype=torch.int64, device=images.device)
-    for part in images.split(1024):  # a float copy of a whole set would be eight times as large
+def _mean_image_distance(images: torch.Tensor, statistics: Statistics, extractor) -> float:
+    total = torch.zeros(images.shape[1:], dtype=torch.float64, device=images.device)
+    for part in images.split(1024):  # sum() copies to int64, eight times as large
         total += part.sum(0)
-    return (total / len(images)).round().to(torch.uint8)[None]
+    mean_image = (total / len(images)).round().to(torch.uint8)
+    # Copies have no covariance, and one copy has the features of all.
+    copy = extract(mean_image[None], extractor, "mean image")[0].double()
+    return frechet_distance((copy, torch.zeros_like(statistics[1])), statistics)

@@ -134,9 +134,9 @@ def _row(model: str, preset: str, dataset: str, group: list[dict]) -> dict:
         )
     metrics = [record["metrics"] for record in group]
     protocol = Protocol(**metrics[0]["protocol"])
-    frechet = [m["frechet_distance"] for m in metrics] if protocol.frechet_is_sound else []
+    note = protocol.frechet_warning
+    frechet = [] if note else [m["frechet_distance"] for m in metrics]
     kid = [m["kid"] for m in metrics]
-    note = "" if frechet else metrics[0]["warnings"][0]
     if group[0]["budget"] == "reduced":
         reason = _reduced_shortfall(frechet, metrics)
         if reason:
@@ -165,15 +165,14 @@ def _reduced_shortfall(frechet: list[float], metrics: list[dict]) -> str:
 
 def _floor_row(floor: dict) -> dict:
     protocol = Protocol(**floor["protocol"])
-    frechet = [floor["frechet_distance"]] if protocol.frechet_is_sound else []
     return _columns("real cells (held out)", "", protocol.dataset, floor) | {
         "budget": "",
         "seeds": None,
-        **_mean_and_sd("frechet", frechet),
+        **_mean_and_sd("frechet", [] if protocol.frechet_warning else [floor["frechet_distance"]]),
         **_mean_and_sd("kid", [floor["kid"]]),
         "images_seen": None,
         "seconds": None,
-        "note": "" if frechet else floor["warnings"][0],
+        "note": protocol.frechet_warning,
     }
 
 
@@ -214,13 +213,13 @@ def _markdown(rows: list[dict]) -> str:
         if row["note"].startswith("not measured"):
             frechet = kid = row["note"]
         lines.append(f"| {row['model']} | {row['preset'] or '–'} | {seeds} | {frechet} | {kid} |")
-    lines += [
-        "",
+    rules = (
         f"{first['dataset']} at {first['image_size']} pixels: {first['n_fake']:,} images with "
         f"{first['label_distribution']} against the {first['n_real']:,} of the "
         f"{first['reference_split']} split; features of {first['extractor']} (sha256 "
-        f"{first['extractor_sha256'][:8]}); mean ± sd over seeds; protocol {first['protocol']}.",
-    ]
+        f"{first['extractor_sha256'][:8]}); mean ± sd over seeds; protocol {first['protocol']}."
+    )
+    lines += ["", rules]
     notes = {row["note"] for row in rows if row["note"]}
     lines += [f"\n{note}." for note in sorted(notes) if not note.startswith("not measured")]
     return "\n".join(lines) + "\n"

@@ -1,0 +1,55 @@
+# make demo    the four models on drawn cells, at quick size: no download, about ten minutes
+# make suite   the full job on BloodMNIST: SEEDS= MODELS= PRESET= EXTRACTOR= DATA_ROOT= narrow it
+# Every target makes .venv and installs requirements.txt by itself, once.
+
+PYTHON ?= python3
+MODELS ?= cvae dcgan ddpm cwgan_gp
+PRESET ?= baseline
+EXTRACTOR ?= inception
+DATA_ROOT ?= data
+JOBS ?= 1
+
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+RUN := $(VENV)/bin/python
+
+.PHONY: help demo suite benchmark test clean
+
+help:
+	@echo "make demo       four models, two seeds (SEEDS=), drawn cells -> results/demo"
+	@echo "make suite      four models, five seeds (SEEDS=), BloodMNIST -> results"
+	@echo "                narrow it with MODELS=\"cvae dcgan\" PRESET= EXTRACTOR= DATA_ROOT= JOBS="
+	@echo "make benchmark  speed of training, sampling and evaluation -> results/benchmarks"
+	@echo "make test       all tests"
+	@echo "make clean      remove results/demo and caches, not .venv and not other results"
+
+demo: SEEDS ?= 2
+demo: $(INSTALLED)
+	$(RUN) run_suite.py --models $(MODELS) --preset quick --seeds $(SEEDS) --dataset demo \
+		--extractor demo --out results/demo --jobs $(JOBS)
+
+suite: SEEDS ?= 5
+suite: $(INSTALLED)
+	$(RUN) run_suite.py --models $(MODELS) --preset $(PRESET) --seeds $(SEEDS) \
+		--dataset bloodmnist --data-root "$(DATA_ROOT)" --extractor "$(EXTRACTOR)" \
+		--out results --jobs $(JOBS)
+
+benchmark: $(INSTALLED)
+	$(RUN) -m evaluation.benchmark
+
+test: $(INSTALLED)
+	$(RUN) -m pytest
+
+clean:
+	rm -rf results/demo .cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
+
+# The stamp is newer than requirements.txt once everything is installed: then pip is not called,
+# so that all targets work offline.
+$(INSTALLED): requirements.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+		{ echo "error: Python 3.11 or later is needed; name it with make PYTHON=..." >&2; exit 2; }
+	@$(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@echo "installing the packages of requirements.txt into $(VENV); this takes some minutes"
+	@$(RUN) -m pip install -q --disable-pip-version-check -r requirements.txt
+	@touch $@

@@ -1,0 +1,417 @@
+"""Run the model notebooks over several seeds, one process each, then compare the models.
+
+    python run_suite.py --models cvae dcgan --preset baseline --seeds 5 --data-root DATA
+
+A finished run is skipped, an interrupted one goes on where its last checkpoint stands, a failed
+one is named at the end with its cause while the others go on. Exit code 0: all runs are there;
+1: some failed; 2: bad input, found before anything started.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+import papermill
+import psutil
+from tqdm import tqdm
+
+from custom_models import MODELS, make_config
+from custom_models.config import parse_settings
+from generative_pipeline import GenerativePipeline, run_folder
+from train import OneSentenceParser
+from utils import LOADERS, InputError, exit_on_bad_input, pick_device
+
+ROOT = Path(__file__).resolve().parent
+COMPARE = ROOT / "notebooks" / "compare_models.ipynb"
+# Papermill is not safe in threads, and a process of its own can be ended when it hangs. The kernel
+# "python3" is that of the interpreter that runs this file.
+EXECUTE = """
+import json, sys, papermill
+papermill.execute_notebook(**json.loads(sys.argv[1]), kernel_name="python3", progress_bar=False)
+"""
+# Papermill notices a dead kernel within seconds; one that still waits after so long never will.
+KERNEL_GONE_SECONDS = 60
+
+
+@dataclass(frozen=True, eq=False)  # hashed by identity: the parameters are a dict
+class Task:
+    """One notebook to execute: `source` with `parameters` becomes `target`."""
+
+    name: str
+    source: Path
+    target: Path
+    parameters: dict
+
+    @property
+    def record(self) -> Path:
+        return self.target.parent / "record.json"
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = OneSentenceParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--models", nargs="+", default=list(MODELS), help=f"some of {', '.join(MODELS)} (all)"
+    )
+    parser.add_argument("--preset", default="baseline", help="baseline, quick, … (baseline)")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 0 on (5)")
+    parser.add_argument("--dataset", default="bloodmnist", help=f"one of {', '.join(LOADERS)}")
+    parser.add_argument("--data-root", help="folder with the data sets ($DATA_ROOT, else data)")
+    parser.add_argument(
+        "--extractor",
+        default=os.environ.get("EXTRACTOR", "inception"),
+        help="inception, demo or a TorchScript file ($EXTRACTOR, else inception)",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change one setting of every model's config; may be given again",
+    )
+    parser.add_argument("--out", default="results", help="folder of the results (results)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (auto)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (1)")
+    return parser.parse_args(arguments)
+
+
+# ---------------------------------------------------------------------------------------------
+# What there is to do
+# ---------------------------------------------------------------------------------------------
+
+
+def check(options: argparse.Namespace) -> None:
+    """Make paths absolute, for the notebooks run elsewhere, and refuse what can be told now."""
+    for name in ("seeds", "jobs"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    root = options.data_root or os.environ.get("DATA_ROOT") or "data"
+    options.data_root, options.out = Path(root).resolve(), Path(options.out).resolve()
+    if options.extractor not in ("inception", "demo"):
+        options.extractor = str(Path(options.extractor).resolve())
+    options.settings = parse_settings(options.set)
+    options.models = list(dict.fromkeys(options.models))
+    pick_device(options.device)
+    for model in options.models:
+        make_config(model, options.preset, **options.settings)
+
+
+def plan(options: argparse.Namespace) -> tuple[list[Task], list[Task]]:
+    """The runs that are there already, and those to do: the first seed of every model first.
+
+    Loads the data and the extractor, so that a fault in them is told before hours of training.
+    """
+    done, to_do = [], []
+    tasks = [
+        [_run_task(options, model, seed) for seed in range(options.seeds)]
+        for model in options.models
+    ]
+    for row in tasks:
+        for task in row:
+            _check_parameters(task)
+    for model, row in zip(options.models, tasks, strict=True):
+        pipeline = GenerativePipeline(
+            model,
+            preset=options.preset,
+            dataset=options.dataset,
+            out=options.out,
+            data_root=options.data_root,
+            extractor=options.extractor,
+            device="cpu",  # nothing is computed here
+            **options.settings,
+        )
+        pipeline.extractor()
+        for seed, task in enumerate(row):
+            # The data is the same for every seed: load it once.
+            pipeline.seed, pipeline.out = seed, task.target.parent
+            finished = pipeline.finished_record() and _is_whole(task.target)
+            (done if finished else to_do).append(task)
+    return done, sorted(to_do, key=lambda task: task.parameters["seed"])
+
+
+def _run_task(options: argparse.Namespace, model: str, seed: int) -> Task:
+    folder = run_folder(options.out, model, options.preset, seed)
+    parameters = {
+        "preset": options.preset,
+        "dataset": options.dataset,
+        "seed": seed,
+        "data_root": str(options.data_root),
+        "extractor": options.extractor,
+        "out": str(folder),
+        "device": options.device,
+        "settings": options.settings,
+    }
+    source = ROOT / "notebooks" / f"{model}.ipynb"
+    name = f"{model} {options.preset} seed {seed}"
+    return Task(name, source, folder / "notebook.ipynb", parameters)
+
+
+def _compare_task(options: argparse.Namespace) -> Task:
+    config = make_config(options.models[0], options.preset, **options.settings)
+    parameters = {
+        "results": str(options.out),
+        "dataset": options.dataset,
+        "image_size": config.image_size,
+        "data_root": str(options.data_root),
+        "extractor": options.extractor,
+        "out": str(options.out),
+    }
+    return Task("comparison", COMPARE, options.out / COMPARE.name, parameters)
+
+
+def _check_parameters(task: Task) -> None:
+    """Papermill only warns of a parameter that the notebook does not have."""
+    if not task.source.is_file():
+        raise InputError(f"{task.source} does not exist; get it back from the repository")
+    known = papermill.inspect_notebook(task.source)
+    unknown = [name for name in task.parameters if name not in known]
+    if unknown:
+        raise InputError(
+            f"{task.source} has no parameter {', '.join(unknown)}; "
+            f"its parameters cell has {', '.join(known) or 'none'}"
+        )
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether an executed notebook is there, from its first cell to its last."""
+    try:
+        notebook = nbformat.read(path, as_version=4)
+    except (OSError, ValueError, nbformat.ValidationError):
+        return False
+    state = notebook.metadata.get("papermill", {})
+    return state.get("exception") is None and state.get("end_time") is not None
+
+
+# ---------------------------------------------------------------------------------------------
+# Doing it
+# ---------------------------------------------------------------------------------------------
+
+
+class Runner:
+    """Executes tasks, each in a process of its own, and knows which of them are under way."""
+
+    def __init__(self, jobs: int):
+        self.environment = {
+            **os.environ,
+            "TQDM_DISABLE": "1",  # bars have no place in a kept notebook
+            "JUPYTER_PREFER_ENV_PATH": "1",
+        }
+        if jobs > 1:
+            threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+            self.environment["OMP_NUM_THREADS"] = str(threads)
+        self.processes: dict[Task, subprocess.Popen] = {}
+        self.lock = threading.Lock()
+        self.stopped = False
+
+    def execute(self, task: Task) -> str | None:
+        """Execute the notebook aside and rename it; returns the cause where it failed."""
+        task.target.parent.mkdir(parents=True, exist_ok=True)
+        failed = task.target.with_name("failed.ipynb")
+        partial = task.target.with_name(f"{task.target.name}.partial")
+        request = {
+            "input_path": str(task.source),
+            "output_path": str(partial),
+            "parameters": task.parameters,
+            "cwd": str(ROOT),
+        }
+        with tempfile.TemporaryFile("w+") as log:
+            with self.lock:
+                if self.stopped:
+                    return "stopped"
+                process = self.processes[task] = subprocess.Popen(
+                    [sys.executable, "-c", EXECUTE, json.dumps(request)],
+                    env=self.environment,
+                    stdout=subprocess.DEVNULL,
+                    stderr=log,
+                )
+            kernel_gone = _watch(process)
+            self.processes.pop(task)
+            log.seek(0)
+            cause = None
+            if process.returncode != 0 or not _is_whole(partial):
+                cause = _cause(partial, log.read(), process.returncode, kernel_gone)
+        if cause is None:
+            partial.replace(task.target)
+            failed.unlink(missing_ok=True)
+        elif partial.exists():
+            partial.replace(failed)
+        return cause
+
+    def stop(self) -> None:
+        """End every process under way, kernels first: they would otherwise train on."""
+        with self.lock:
+            self.stopped = True
+            for process in list(self.processes.values()):
+                _end(process)
+
+
+def _watch(process: subprocess.Popen) -> bool:
+    """Wait for papermill. True if it had to be ended, since it waited for a kernel that is gone."""
+    had_kernel, alone_since = False, None
+    while process.poll() is None:
+        time.sleep(0.5)
+        if _kernels(process):
+            had_kernel, alone_since = True, None
+        elif had_kernel:
+            alone_since = alone_since or time.monotonic()
+            if time.monotonic() - alone_since > KERNEL_GONE_SECONDS:
+                _end(process)
+                process.wait()
+                return True
+    return False
+
+
+def _kernels(process: subprocess.Popen) -> list[psutil.Process]:
+    """Living processes under papermill's."""
+    living = []
+    try:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            if child.status() != psutil.STATUS_ZOMBIE:
+                living.append(child)
+    except psutil.NoSuchProcess:
+        pass  # it ended while we looked
+    return living
+
+
+def _end(process: subprocess.Popen) -> None:
+    for child in _kernels(process):
+        try:
+            child.kill()
+        except psutil.NoSuchProcess:
+            continue
+    process.kill()
+
+
+def _cause(notebook: Path, log: str, code: int, kernel_gone: bool) -> str:
+    """Why a notebook failed, in one line: its own error where a cell raised one."""
+    try:
+        cells = nbformat.read(notebook, as_version=4).cells
+    except (OSError, ValueError, nbformat.ValidationError):
+        cells = []
+    errors = [o for cell in cells for o in cell.get("outputs", []) if o.output_type == "error"]
+    if errors:
+        lines = errors[-1].evalue.strip().splitlines() or [""]
+        return f"{errors[-1].ename}: {lines[0]}"
+    if kernel_gone or "DeadKernelError" in log:
+        return "the kernel died (killed, perhaps for want of memory)"
+    if code < 0:
+        return f"papermill was ended by {signal.Signals(-code).name}"
+    lines = log.strip().splitlines()
+    return lines[-1] if lines else f"papermill ended with exit code {code}"
+
+
+def run_all(tasks: list[Task], jobs: int) -> dict[Task, str]:
+    """Execute all tasks, with a bar and a line for each; returns the causes of those that failed.
+
+    The bar counts quarters of trainings, by the progress grids that they leave.
+    """
+    failures: dict[Task, str] = {}
+    runner = Runner(jobs)
+    bar = tqdm(
+        total=len(tasks),
+        bar_format="{percentage:3.0f}% |{bar:20}| {elapsed}, about {remaining} left{postfix}",
+        # A terminal's line is drawn anew each second; a log gets one line a minute.
+        mininterval=1 if sys.stderr.isatty() else 60,
+        miniters=0,
+    )
+    executor = ThreadPoolExecutor(jobs)
+    pending = {executor.submit(runner.execute, task): task for task in tasks}
+    finished = 0
+    try:
+        while pending:
+            ready, _ = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
+            for future in ready:
+                task = pending.pop(future)
+                finished += 1
+                cause = future.result()
+                if cause:
+                    failures[task] = cause
+                bar.write(f"{task.name}: {cause or describe(task)}", file=sys.stdout)
+                sys.stdout.flush()
+            running = {task: _quarters(task) for task in list(runner.processes)}
+            words = ", ".join(f"{task.name} at {25 * n} %" for task, n in running.items())
+            bar.set_postfix_str(f"{finished} of {len(tasks)} runs done; {words}", refresh=False)
+            bar.update(finished + sum(running.values()) / 4 - bar.n)
+    finally:
+        runner.stop()
+        executor.shutdown(cancel_futures=True)
+        bar.close()
+    return failures
+
+
+def _quarters(task: Task) -> int:
+    """Quarters of the training that are over, at most three while the run is under way."""
+    return min(3, len(list((task.target.parent / "progress").glob("*.png"))))
+
+
+def describe(task: Task) -> str:
+    """The run's numbers in one line."""
+    metrics = json.loads(task.record.read_text())["metrics"]
+    return (
+        f"{metrics['distance_name']} {metrics['frechet_distance']:.1f}, "
+        f"KID × 1000 {1000 * metrics['kid']:.2f}"
+    )
+
+
+def _print_files(options: argparse.Namespace, comparison: Task) -> None:
+    out = options.out
+    found = [(path, "table") for path in sorted(out.glob("results*.md"))]
+    found += [(out / "comparison.png", "real cells and every model's, side by side")]
+    found += [(comparison.target, "comparison of the models")]
+    for model in options.models:
+        folder = run_folder(out, model, options.preset, 0)
+        found += [(folder / "notebook.ipynb", f"{model}, explained and executed")]
+        found += [(folder / "samples.png", f"{model}'s cells beside real ones")]
+    found = [(os.path.relpath(path), words) for path, words in found if path.exists()]
+    width = max((len(path) for path, _ in found), default=0)
+    print("\nOpen:")
+    for path, words in found:
+        print(f"  {path:{width}}  {words}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    print("checking parameters, data and extractor …", flush=True)
+    check(options)
+    comparison = _compare_task(options)
+    _check_parameters(comparison)
+    done, to_do = plan(options)
+    for task in done:
+        print(f"{task.name}: {describe(task)} (finished before)")
+    print(
+        f"{len(done) + len(to_do)} runs: {len(done)} finished before, {len(to_do)} to do",
+        flush=True,
+    )
+    # An end by SIGTERM must pass through the clean-up, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    failures = run_all(to_do, options.jobs) if to_do else {}
+    if any(task.record.exists() for task in done + to_do):
+        print("comparing the models …", flush=True)
+        runner = Runner(jobs=1)
+        try:
+            cause = runner.execute(comparison)
+        finally:
+            runner.stop()
+        if cause:
+            failures[comparison] = cause
+        _print_files(options, comparison)
+    for task, cause in failures.items():
+        print(f"failed: {task.name}: {cause}", file=sys.stderr)
+        failed = task.target.with_name("failed.ipynb")
+        if failed.exists():
+            print(f"        see {os.path.relpath(failed)}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    with exit_on_bad_input():
+        sys.exit(main())

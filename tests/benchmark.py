@@ -1,0 +1,183 @@
+"""Measure how fast training, sampling and evaluation are on this machine.
+
+    python -m tests.benchmark --data-root DATA --extractor FILE
+
+Writes results/benchmarks/MACHINE.json and .md. No test: nothing here can fail by being slow.
+"""
+
+import argparse
+import json
+import os
+import platform
+import time
+
+import torch
+
+from custom_models import MODELS, make_config
+from evaluation import features, frechet
+from generative_pipeline import CODE_VERSION, describe_device
+from train import OneSentenceParser
+from utils import (
+    ImageSet,
+    exit_on_bad_input,
+    keep_freed_memory,
+    load_dataset,
+    pick_device,
+    random_flips_and_turns,
+    to_model_range,
+    write_atomically,
+)
+
+SAMPLES = 128
+
+
+def seconds_per_call(call, device: torch.device, at_least: float = 3.0) -> float:
+    """Mean wall-clock seconds of a call, after one to warm up."""
+
+    def timed(calls: int) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    timed(1)
+    once = timed(1)
+    calls = max(1, int(at_least / once))
+    return timed(calls) / calls
+
+
+def next_batch(data: ImageSet, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A training batch as the pipeline draws it: by index, on the device, turned and flipped."""
+    rows = torch.randperm(len(data), device=data.images.device)[:size]
+    return random_flips_and_turns(to_model_range(data.images[rows])), data.labels[rows]
+
+
+def benchmark_model(name: str, data: ImageSet) -> dict:
+    device = data.images.device
+    config = make_config(name, "baseline")
+    model = MODELS[name].Model(config).to(device, memory_format=torch.channels_last)
+    optimizers = model.optimizers()
+    size = config.images_per_step
+
+    def step():
+        images, labels = next_batch(data, size)
+        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+            model.training_step(
+                images.contiguous(memory_format=torch.channels_last), labels, optimizers
+            )
+
+    seconds = seconds_per_call(step, device)
+    data_seconds = seconds_per_call(lambda: next_batch(data, size), device, at_least=1.0)
+    model.eval()
+    labels = data.labels[:SAMPLES]
+    generator = torch.Generator(device).manual_seed(0)
+    if name == "ddpm":  # one of its T network evaluations stands for all; they are equal
+        noise = torch.randn(SAMPLES, 3, 28, 28, device=device)
+        with torch.inference_mode():
+            evaluation = seconds_per_call(lambda: model.ddim(noise, 1), device)
+        sampling = evaluation * config.timesteps
+    else:
+        sampling = seconds_per_call(lambda: model.sample(labels, generator), device, at_least=1.0)
+    return {
+        "model": name,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "training_images_per_second": size / seconds,
+        "data_share_of_step": data_seconds / seconds,
+        "sampling_images_per_second": SAMPLES / sampling,
+    }
+
+
+def benchmark_usual_way(root: str, size: int = 128) -> float:
+    """Images/s of the medmnist data set through PIL transforms and a DataLoader."""
+    import medmnist
+    from torchvision import transforms
+
+    steps = [transforms.RandomHorizontalFlip(), transforms.RandomVerticalFlip()]
+    steps += [transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
+    data = medmnist.BloodMNIST(
+        split="train", root=root, download=False, transform=transforms.Compose(steps)
+    )
+    loader = torch.utils.data.DataLoader(data, size, shuffle=True, num_workers=os.cpu_count())
+    start = time.perf_counter()
+    n = sum(len(images) for images, _ in loader)
+    return n / (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = OneSentenceParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-root", default=os.environ.get("DATA_ROOT", "data"))
+    parser.add_argument("--extractor", default=os.environ.get("EXTRACTOR", "demo"))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", default="results/benchmarks")
+    options = parser.parse_args()
+    device = pick_device(options.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    data = load_dataset("bloodmnist", options.data_root).to(device)
+
+    models = [benchmark_model(name, data) for name in MODELS]
+    ours = 128 / seconds_per_call(lambda: next_batch(data, 128), device, at_least=1.0)
+    extractor = features.load_extractor(options.extractor, device)
+    batch = data.images[:64]
+    extraction = 64 / seconds_per_call(
+        lambda: features.run_network(extractor, batch), device, at_least=5.0
+    )
+    torch.manual_seed(0)
+    draws = [torch.randn(4096, 2048) for _ in range(2)]
+    statistics = [frechet.gaussian_statistics(draw) for draw in draws]
+    trace = seconds_per_call(lambda: frechet.frechet_distance(*statistics), torch.device("cpu"))
+    result = {
+        "machine": describe_device(device),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "code": CODE_VERSION,
+        "models": models,
+        "data_images_per_second": ours,
+        "usual_way_images_per_second": benchmark_usual_way(options.data_root),
+        "extractor": extractor.name,
+        "extraction_images_per_second": extraction,
+        "frechet_2048_seconds": trace,
+    }
+    stem = "".join(c if c.isalnum() else "-" for c in result["machine"]).strip("-").lower()
+    json_text = json.dumps(result, indent=1) + "\n"
+    text = as_markdown(result)
+    write_atomically(f"{options.out}/{stem}.json", lambda path: path.write_text(json_text))
+    write_atomically(f"{options.out}/{stem}.md", lambda path: path.write_text(text))
+    print(text)
+
+
+def as_markdown(result: dict) -> str:
+    ratio = result["data_images_per_second"] / result["usual_way_images_per_second"]
+    lines = [
+        f"# Speed on {result['machine']}, {result['cores']} cores, torch {result['torch']}",
+        "",
+        "Baseline presets, 28×28 pixels, batches of 128.",
+        "",
+        "| Model | Parameters | Training, images/s | Data's share of a step | Sampling, images/s |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in result["models"]:
+        lines.append(
+            f"| {row['model']} | {row['parameters']:,} | {row['training_images_per_second']:,.0f} "
+            f"| {row['data_share_of_step']:.2%} | {row['sampling_images_per_second']:,.2f} |"
+        )
+    lines += [
+        "",
+        f"- Batches by index on the device: {result['data_images_per_second']:,.0f} images/s; "
+        f"medmnist with PIL transforms and a DataLoader: "
+        f"{result['usual_way_images_per_second']:,.0f} images/s ({ratio:.0f} times slower).",
+        f"- Features by {result['extractor']}: {result['extraction_images_per_second']:.1f} images/s.",
+        f"- Fréchet distance of 2048-d statistics: {result['frechet_2048_seconds']:.1f} s.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    with exit_on_bad_input():
+        main()

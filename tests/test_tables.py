@@ -1,0 +1,219 @@
+"""Tables from records: means, refusals, files."""
+
+import csv
+import json
+import math
+
+import pytest
+
+from evaluation.protocol import Protocol
+from evaluation.tables import collect, results_table, split_by_budget, write_table
+from utils import InputError
+
+PROTOCOL = Protocol(
+    dataset="BloodMNIST",
+    dataset_sha256="ab" * 32,
+    image_size=28,
+    reference_split="train",
+    n_real=11959,
+    n_fake=5133,
+    label_distribution="held-out (validation + test) frequencies",
+    extractor="inception-2048",
+    extractor_sha256="6726825d" + "0" * 56,
+    feature_dim=2048,
+).to_dict()
+
+
+def metrics(frechet: float = 100.0, kid: float = 0.05, **protocol) -> dict:
+    return {
+        "frechet_distance": frechet,
+        "kid": kid,
+        "kid_standard_error": 0.001,
+        "mean_image_distance": 300.0,
+        "distance_name": "FID",
+        "protocol": PROTOCOL | protocol,
+        "warnings": [],
+    }
+
+
+def record(seed: int, frechet: float = 100.0, model: str = "ddpm", **other) -> dict:
+    return {
+        "model": model,
+        "preset": "best",
+        "seed": seed,
+        "dataset": {"name": "BloodMNIST", "sha256": "ab" * 32},
+        "metrics": metrics(frechet, frechet / 1000),
+        "budget": "full",
+        "images_seen": 1000,
+        "seconds": 60.0,
+        "device": "cpu",
+    } | other
+
+
+def test_mean_and_sd_over_seeds():
+    (row,) = results_table([record(0, 90.0), record(1, 100.0), record(2, 113.0)])
+    assert (row["model"], row["preset"], row["seeds"], row["note"]) == ("ddpm", "best", 3, "")
+    assert row["frechet_mean"] == pytest.approx(101)
+    assert row["frechet_sd"] == pytest.approx(math.sqrt(133))  # (121 + 1 + 144) / 2
+    assert row["kid_mean"] == pytest.approx(0.101)
+    assert row["kid_sd"] == pytest.approx(math.sqrt(133) / 1000)
+    assert row["protocol"] == Protocol(**PROTOCOL).key()
+
+
+def test_rows_are_groups_sorted_by_distance_below_the_floor():
+    records = [
+        record(0, 170.0, "cvae"),
+        record(0, 120.0),
+        record(1, 124.0),
+        record(0, 60.0, preset="baseline"),
+    ]
+    rows = results_table(records, floor=metrics(18.0, 0.0001))
+    assert [(r["model"], r["preset"], r["seeds"]) for r in rows] == [
+        ("real cells (held out)", "", None),
+        ("ddpm", "baseline", 1),
+        ("ddpm", "best", 2),
+        ("cvae", "best", 1),
+    ]
+    assert [r["frechet_mean"] for r in rows] == [18, 60, 122, 170]
+    assert rows[1]["frechet_sd"] is None
+    assert rows[2]["frechet_sd"] == pytest.approx(math.sqrt(8))
+
+
+@pytest.mark.parametrize("change", [{"n_fake": 5000}, {"dataset_sha256": "cd" * 32}])
+def test_two_protocols_are_refused(change):
+    other = record(0, model="cvae", metrics=metrics(90.0, 0.04, **change))
+    (field,) = change
+    with pytest.raises(InputError, match=f"different protocols.*{field}"):
+        results_table([record(0), record(1), other])
+    with pytest.raises(InputError, match="different protocols"):
+        results_table([record(0)], floor=metrics(18.0, 0.0, **change))
+
+
+def test_a_seed_that_comes_twice_is_refused():
+    with pytest.raises(InputError, match=r"seeds \[0, 1, 1\] hold one twice"):
+        results_table([record(0), record(1), record(1, 120.0)])
+
+
+@pytest.mark.parametrize("budget", ["quick", "reduced"])
+def test_budgets_are_never_mixed(budget):
+    records = [record(0), record(1), record(0, model="cvae", budget=budget)]
+    with pytest.raises(InputError, match="cannot share a table"):
+        results_table(records)
+    parts = split_by_budget(records)
+    assert parts["full"] == records[:2]
+    assert parts[budget] == records[2:]
+    assert sum(map(len, parts.values())) == 3
+    for part in parts.values():
+        results_table(part)
+
+
+@pytest.mark.parametrize(
+    ("values", "note"),
+    [
+        ([100.0, 110.0, 120.0], ""),
+        ([100.0, 110.0], "not measured (2 of 3 seeds)"),
+        ([140.0, 150.0, 160.0], "not measured (not below half the mean image's distance)"),
+        ([139.0, 150.0, 160.0], ""),
+    ],
+)
+def test_reduced_budget(values, note):
+    records = [record(seed, value, budget="reduced") for seed, value in enumerate(values)]
+    (row,) = results_table(records)
+    assert row["note"] == note
+    numbers = [row[name] for name in ("frechet_mean", "frechet_sd", "kid_mean", "kid_sd")]
+    assert all(x is None for x in numbers) if note else all(x > 0 for x in numbers)
+    # A full run is shown whatever its distance.
+    (row,) = results_table([r | {"budget": "full"} for r in records])
+    assert row["note"] == "" and row["frechet_mean"] == pytest.approx(sum(values) / len(values))
+
+
+def test_too_few_images_for_a_frechet_distance_leave_kid_alone(tmp_path):
+    few = {"n_fake": 400}
+    records = [
+        record(0, model="cvae", metrics=metrics(50.0, 0.07, **few)),
+        record(0, metrics=metrics(90.0, 0.04, **few)),
+    ]
+    rows = results_table(records, floor=metrics(18.0, 0.0001, **few))
+    assert [r["frechet_mean"] for r in rows] == [None, None, None]
+    assert [r["kid_mean"] for r in rows] == [0.0001, 0.04, 0.07]
+    write_table(rows, tmp_path, "few")
+    text = (tmp_path / "few.md").read_text()
+    assert "| ddpm | best | 1 | – | 40.00 ± – |" in text
+    assert "Fréchet distance at n = 400 in 2048 dimensions is dominated by sampling error." in text
+
+
+def test_written_files(tmp_path):
+    records = [record(0, 1 / 3), record(1, 2 / 3), record(0, 170.0, "cvae")]
+    write_table(results_table(records, metrics(18.04, 0.0001)), tmp_path / "new", "table")
+    with open(tmp_path / "new" / "table.csv", newline="", encoding="utf-8") as file:
+        floor, first, second = csv.DictReader(file)
+    assert floor["model"] == "real cells (held out)" and floor["seeds"] == ""
+    assert float(first["frechet_mean"]) == pytest.approx(0.5, rel=1e-15)
+    assert float(first["frechet_sd"]) == pytest.approx(math.sqrt(1 / 18), rel=1e-12)
+    assert second["frechet_sd"] == ""
+    assert first["extractor_sha256"] == PROTOCOL["extractor_sha256"]
+    lines = (tmp_path / "new" / "table.md").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "| Model | Preset | Seeds | FID | KID × 1000 |"
+    assert lines[2:5] == [
+        "| real cells (held out) | – | – | 18.0 | 0.10 |",
+        "| ddpm | best | 2 | 0.5 ± 0.2 | 0.50 ± 0.24 |",
+        "| cvae | best | 1 | 170.0 ± – | 170.00 ± – |",
+    ]
+    assert "5,133 images" in lines[6] and "11,959 of the train split" in lines[6]
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["table.csv", "table.md"]
+
+
+def test_header_names_another_extractor_and_notes_stand_in_the_row(tmp_path):
+    other = [record(k, budget="reduced") for k in range(2)]
+    for r in other:
+        r["metrics"]["distance_name"] = "FD (GoogLeNet-1024)"
+    write_table(results_table(other), tmp_path, "t")
+    text = (tmp_path / "t.md").read_text(encoding="utf-8")
+    assert "FD (GoogLeNet-1024)" in text and "FID" not in text
+    note = "not measured (2 of 3 seeds)"
+    assert f"| ddpm | best | 2 | {note} | {note} |" in text
+    assert "100" not in text.replace("KID × 1000", "")
+
+
+def test_an_empty_table_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no records for the table results"):
+        write_table(results_table([]), tmp_path, "results")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_collect_reads_every_record(tmp_path):
+    assert collect(tmp_path) == []
+    for seed in (1, 0):
+        path = tmp_path / "ddpm-best" / f"seed{seed}" / "record.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(record(seed)))
+    assert collect(tmp_path) == [record(0), record(1)]
+
+
+def damaged(**changes) -> str:
+    return json.dumps(record(0) | changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "no whole record"),
+        (json.dumps(record(0))[:200], "no whole record"),
+        ("[1, 2]", "lacks model"),
+        ("3", "no whole record"),
+        (json.dumps({k: v for k, v in record(0).items() if k != "seed"}), "lacks seed"),
+        (damaged(metrics={}), "no whole record"),
+        (damaged(metrics=metrics(version_of_tomorrow=1)), "no whole record"),
+        (damaged(metrics=metrics(float("nan"))), "no finite number"),
+        (damaged(metrics=metrics(kid=None)), "no finite number"),
+        (damaged(budget="medium"), "unknown budget 'medium'"),
+        (damaged(dataset="BloodMNIST"), "no whole record"),
+    ],
+)
+def test_broken_records_are_named(tmp_path, text, words):
+    path = tmp_path / "seed3" / "record.json"
+    path.parent.mkdir()
+    path.write_text(text)
+    with pytest.raises(InputError, match=words) as error:
+        collect(tmp_path)
+    assert str(path) in str(error.value)
