@@ -35,7 +35,7 @@ suite: $(INSTALLED)
 		--out results --jobs $(JOBS)
 
 benchmark: $(INSTALLED)
-	$(RUN) -m evaluation.benchmark
+	$(RUN) -m tests.benchmark
 
 test: $(INSTALLED)
 	$(RUN) -m pytest

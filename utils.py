@@ -148,12 +148,15 @@ def write_atomically(path: str | Path, write) -> None:
         write(partial)
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
-        # torch.save reports a full disk as a RuntimeError of its own.
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        if full or isinstance(error, OSError) or "file write failed" in str(error):
-            reason = "no space left on the disk" if full else str(error)
-            raise InputError(f"cannot write {path}: {reason}; make room or choose another folder")
-        raise
+        reason = str(error)
+        if isinstance(error, RuntimeError):
+            # torch.save hides a failed write behind a RuntimeError of its archive writer.
+            if "inline_container" not in reason:
+                raise
+            reason = "the file could not be written whole"
+        elif error.errno == errno.ENOSPC:
+            reason = "no space left on the disk"
+        raise InputError(f"cannot write {path}: {reason}; make room or choose another folder")
     finally:
         with contextlib.suppress(OSError):  # its folder may be no folder, or read-only
             partial.unlink(missing_ok=True)
@@ -361,10 +364,10 @@ def _resize_pbc(source: Path, names: list[str], size: int) -> np.ndarray:
         except (*BROKEN_ARCHIVE, UnidentifiedImageError, ValueError, SyntaxError) as error:
             reason = "no image" if isinstance(error, UnidentifiedImageError) else error
             raise InputError(f"{source}: image {name} cannot be read ({reason}); get it anew")
+        if min(image.size) < 200:
+            raise InputError(f"{source}: image {name} is smaller than 200×200 pixels")
         # Rounded as torchvision's centre crop does, which BloodMNIST was made with.
         left, top = round((image.width - 200) / 2), round((image.height - 200) / 2)
-        if left < 0 or top < 0:
-            raise InputError(f"{source}: image {name} is smaller than 200×200 pixels")
         image = image.crop((left, top, left + 200, top + 200))
         # Pillow's bilinear filter is antialiased.
         images[row] = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
@@ -380,7 +383,12 @@ def _pbc_split(path: Path, names: list[str]) -> dict[str, list[int]]:
             for line in csv.DictReader(file):
                 if line.get("split") not in parts or line.get("file") not in row_of:
                     raise InputError(f"{path}: the line {line} names no split or no file of PBC")
+                if not (line.get("index") or "").isdecimal():
+                    raise InputError(f"{path}: the line {line} has no index")
                 parts[line["split"]].append((int(line["index"]), row_of[line["file"]]))
+        listed = [row for rows in parts.values() for _, row in rows]
+        if len(set(listed)) < len(listed):
+            raise InputError(f"{path} lists a file twice; get it anew")
         return {split: [row for _, row in sorted(rows)] for split, rows in parts.items()}
     rng = np.random.default_rng(0)
     for kind in PBC_CLASSES:

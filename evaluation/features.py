@@ -77,29 +77,38 @@ def load_extractor(spec: str | Path, device: torch.device | str = "cpu") -> Extr
     return Extractor(name, distance_name, _sha256(path), dim, module, device)
 
 
-def extract(images: torch.Tensor, extractor: Extractor, desc: str = "features") -> torch.Tensor:
+def extract(
+    images: torch.Tensor, extractor: Extractor, desc: str = "features", cache: bool = True
+) -> torch.Tensor:
     """Features of uint8 [N, 3, H, W] images in [0, 255]: float32 [N, dim] on the CPU.
 
-    They are kept in the cache folder under the images' and the extractor's sha256. Raises
-    InputError for images of another dtype or shape and for features that are not finite.
+    cache: keep them in the cache folder under the images' and the extractor's sha256; for images
+    that no one will see again it only fills the disk. Raises InputError for images of another
+    dtype or shape and for features that are not finite.
     """
     _check_images(images)
     images = images.cpu().contiguous()
+    if not cache:
+        return _compute(images, extractor, desc)
     digest = hashlib.sha256(repr(tuple(images.shape)).encode())
     digest.update(images.numpy())
     name = f"{digest.hexdigest()[:16]}-{extractor.sha256[:16]}.pt"
     cached = cache_folder() / "features" / name
     features = _read_cache(cached, (len(images), extractor.dim))
     if features is None:
-        batches = images.split(CUDA_BATCH if extractor.device.type == "cuda" else CPU_BATCH)
-        features = torch.cat(
-            [
-                _run(extractor.module, batch, extractor.device, extractor.name)
-                for batch in progress(batches, total=len(batches), desc=desc)
-            ]
-        )
+        features = _compute(images, extractor, desc)
         write_atomically(cached, lambda path: torch.save(features, path))
     return features
+
+
+def _compute(images: torch.Tensor, extractor: Extractor, desc: str) -> torch.Tensor:
+    batches = images.split(CUDA_BATCH if extractor.device.type == "cuda" else CPU_BATCH)
+    return torch.cat(
+        [
+            _run(extractor.module, batch, extractor.device, extractor.name)
+            for batch in progress(batches, total=len(batches), desc=desc)
+        ]
+    )
 
 
 def _check_images(images: torch.Tensor) -> None:

@@ -15,6 +15,7 @@ REDUCED_SEEDS = 3
 FIELDS = (
     "model",
     "preset",
+    "config",
     "seed",
     "dataset",
     "metrics",
@@ -51,7 +52,7 @@ def results_table(records: list[dict], floor: dict | None = None) -> list[dict]:
     records: of one budget and one protocol; floor: what `protocol.floor` returned, the first row.
     The rows are sorted by Fréchet distance, by KID where the images are too few for the former
     (it is None then). A number that may not be shown is None, and `note` says why. Raises
-    InputError for mixed budgets or protocols and for a seed that comes twice.
+    InputError for mixed budgets, protocols or configurations and for a seed that comes twice.
     """
     budgets = sorted({record["budget"] for record in records})
     if len(budgets) > 1:
@@ -131,6 +132,11 @@ def _row(model: str, preset: str, dataset: str, group: list[dict]) -> dict:
         raise InputError(
             f"{model} {preset} on {dataset}: seeds {sorted(seeds)} hold one twice; "
             "every run in a mean must be a training of its own"
+        )
+    if any(record["config"] != group[0]["config"] for record in group):
+        raise InputError(
+            f"{model} {preset} on {dataset}: its runs have different configurations; "
+            "remove those of the older one"
         )
     metrics = [record["metrics"] for record in group]
     protocol = Protocol(**metrics[0]["protocol"])

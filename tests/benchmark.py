@@ -124,7 +124,7 @@ def main() -> None:
     extractor = features.load_extractor(options.extractor, device)
     batch = data.images[:64]
     extraction = 64 / seconds_per_call(
-        lambda: features.run_network(extractor, batch), device, at_least=5.0
+        lambda: features.extract(batch, extractor, cache=False), device, at_least=5.0
     )
     torch.manual_seed(0)
     draws = [torch.randn(4096, 2048) for _ in range(2)]

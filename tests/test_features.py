@@ -137,6 +137,16 @@ def test_cache_saves_the_second_pass(small, cache):
     assert len(list(cache.iterdir())) == 2
 
 
+def test_without_the_cache_nothing_is_written_or_read(small, cache):
+    extractor = load_extractor(small)
+    first = extract(images(10), extractor, cache=False)
+    assert not cache.exists()
+    extract(images(10), extractor)
+    (cached,) = cache.iterdir()
+    torch.save(first + 1, cached)
+    assert torch.equal(extract(images(10), extractor, cache=False), first)
+
+
 def test_cache_tells_shapes_and_extractors_apart(tmp_path, small, cache):
     extractor = load_extractor(small)
     wide = images(10).reshape(10, 3, 14, 56)

@@ -40,6 +40,7 @@ def record(seed: int, frechet: float = 100.0, model: str = "ddpm", **other) -> d
     return {
         "model": model,
         "preset": "best",
+        "config": {"epochs": 20},
         "seed": seed,
         "dataset": {"name": "BloodMNIST", "sha256": "ab" * 32},
         "metrics": metrics(frechet, frechet / 1000),
@@ -92,6 +93,11 @@ def test_two_protocols_are_refused(change):
 def test_a_seed_that_comes_twice_is_refused():
     with pytest.raises(InputError, match=r"seeds \[0, 1, 1\] hold one twice"):
         results_table([record(0), record(1), record(1, 120.0)])
+
+
+def test_two_configurations_under_one_name_are_refused():
+    with pytest.raises(InputError, match=r"ddpm best on BloodMNIST.*different configurations"):
+        results_table([record(0), record(1, config={"epochs": 10})])
 
 
 @pytest.mark.parametrize("budget", ["quick", "reduced"])
