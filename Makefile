@@ -35,7 +35,7 @@ suite: $(INSTALLED)
 		--out results --jobs $(JOBS)
 
 benchmark: $(INSTALLED)
-	$(RUN) -m tests.benchmark
+	PYTHONPATH=. $(RUN) tests/benchmark.py
 
 test: $(INSTALLED)
 	$(RUN) -m pytest

@@ -93,7 +93,7 @@ class GenerativePipeline:
         self.out = Path(out) if out else run_folder("results", model, preset, seed)
         self.device = pick_device(device)
         self.checkpoint_seconds = checkpoint_seconds
-        self.extractor_name = extractor
+        self.extractor_name, self._extractor = extractor, None
         self.sets = {
             split: load_dataset(dataset, data_root, self.config.image_size, split)
             for split in ("train", "val", "test", "held_out")
@@ -367,7 +367,10 @@ class GenerativePipeline:
         return self.out / "record.json"
 
     def extractor(self) -> features.Extractor:
-        return features.load_extractor(self.extractor_name, self.device)
+        """The feature extractor, loaded once."""
+        if self._extractor is None:
+            self._extractor = features.load_extractor(self.extractor_name, self.device)
+        return self._extractor
 
     def run_key(self) -> str:
         """Hash of config, data, extractor and code version: equal keys, equal results."""

@@ -39,6 +39,7 @@ EXECUTE = """
 import json, sys, papermill
 papermill.execute_notebook(**json.loads(sys.argv[1]), kernel_name="python3", progress_bar=False)
 """
+WIDGET = "application/vnd.jupyter.widget-view+json"
 # Papermill notices a dead kernel within seconds; one that still waits after so long never will.
 KERNEL_GONE_SECONDS = 60
 
@@ -202,8 +203,7 @@ class Runner:
     def __init__(self, jobs: int):
         self.environment = {
             **os.environ,
-            "TQDM_DISABLE": "1",  # bars have no place in a kept notebook
-            "JUPYTER_PREFER_ENV_PATH": "1",
+            "JUPYTER_PREFER_ENV_PATH": "1",  # this interpreter's kernel before the user's own
         }
         if jobs > 1:
             threads = max(1, len(os.sched_getaffinity(0)) // jobs)
@@ -240,6 +240,7 @@ class Runner:
             if process.returncode != 0 or not _is_whole(partial):
                 cause = _cause(partial, log.read(), process.returncode, kernel_gone)
         if cause is None:
+            _drop_progress_bars(partial)
             partial.replace(task.target)
             failed.unlink(missing_ok=True)
         elif partial.exists():
@@ -291,6 +292,16 @@ def _end(process: subprocess.Popen) -> None:
     process.kill()
 
 
+def _drop_progress_bars(path: Path) -> None:
+    """They are live widgets; what is kept of them would say 0 % for ever."""
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
+    notebook.metadata.pop("widgets", None)
+    nbformat.write(notebook, path)
+
+
 def _cause(notebook: Path, log: str, code: int, kernel_gone: bool) -> str:
     """Why a notebook failed, in one line: its own error where a cell raised one."""
     try:
@@ -338,8 +349,9 @@ def run_all(tasks: list[Task], jobs: int) -> dict[Task, str]:
                 bar.write(f"{task.name}: {cause or describe(task)}", file=sys.stdout)
                 sys.stdout.flush()
             running = {task: _quarters(task) for task in list(runner.processes)}
-            words = ", ".join(f"{task.name} at {25 * n} %" for task, n in running.items())
-            bar.set_postfix_str(f"{finished} of {len(tasks)} runs done; {words}", refresh=False)
+            words = [f"{finished} of {len(tasks)} runs done"]
+            words += [f"{task.name} at {25 * n} %" for task, n in running.items()]
+            bar.set_postfix_str("; ".join(words), refresh=False)
             bar.update(finished + sum(running.values()) / 4 - bar.n)
     finally:
         runner.stop()
@@ -371,11 +383,16 @@ def _print_files(options: argparse.Namespace, comparison: Task) -> None:
         folder = run_folder(out, model, options.preset, 0)
         found += [(folder / "notebook.ipynb", f"{model}, explained and executed")]
         found += [(folder / "samples.png", f"{model}'s cells beside real ones")]
-    found = [(os.path.relpath(path), words) for path, words in found if path.exists()]
+    found = [(_short(path), words) for path, words in found if path.exists()]
     width = max((len(path) for path, _ in found), default=0)
     print("\nOpen:")
     for path, words in found:
         print(f"  {path:{width}}  {words}")
+
+
+def _short(path: Path) -> str:
+    """Relative to the working directory where it lies below it."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -408,7 +425,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"failed: {task.name}: {cause}", file=sys.stderr)
         failed = task.target.with_name("failed.ipynb")
         if failed.exists():
-            print(f"        see {os.path.relpath(failed)}", file=sys.stderr)
+            print(f"        see {_short(failed)}", file=sys.stderr)
     return 1 if failures else 0
 
 

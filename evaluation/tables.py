@@ -4,11 +4,12 @@ import csv
 import json
 import math
 import statistics
+import sys
 from collections import defaultdict
 from pathlib import Path
 
 from evaluation.protocol import Protocol
-from utils import InputError, write_atomically
+from utils import InputError, exit_on_bad_input, write_atomically
 
 BUDGETS = ("full", "reduced", "quick")
 REDUCED_SEEDS = 3
@@ -239,3 +240,33 @@ def _cell(row: dict, name: str, factor: float, digits: int) -> str:
     if row["seeds"] is None:
         return text
     return f"{text} ± –" if sd is None else f"{text} ± {factor * sd:.{digits}f}"
+
+
+README_START, README_END = "<!-- results:", "<!-- end of results -->"
+
+
+def update_readme(readme: str | Path, folder: str | Path) -> None:
+    """Put the tables of `folder`, as written, between the README's two marks.
+
+    Raises InputError where a mark or the main table is missing.
+    """
+    readme, folder = Path(readme), Path(folder)
+    before, start, rest = readme.read_text(encoding="utf-8").partition(README_START)
+    mark, end, after = rest.partition(README_END)
+    if not start or not end:
+        raise InputError(f"{readme} lacks the marks {README_START!r} and {README_END!r}")
+    if not (folder / "results.md").is_file():
+        raise InputError(f"{folder / 'results.md'} does not exist; run compare_models first")
+    parts = [start + mark.splitlines()[0], (folder / "results.md").read_text(encoding="utf-8")]
+    if (folder / "results_reduced.md").is_file():
+        parts.append("Runs at a reduced budget, which never share a table with full ones:\n")
+        parts.append((folder / "results_reduced.md").read_text(encoding="utf-8"))
+    text = before + "\n".join(parts) + "\n" + end + after
+    write_atomically(readme, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    with exit_on_bad_input():
+        if len(sys.argv) != 3:
+            raise InputError("usage: python -m evaluation.tables RESULTS README")
+        update_readme(sys.argv[2], sys.argv[1])

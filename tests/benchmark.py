@@ -1,11 +1,10 @@
 """Measure how fast training, sampling and evaluation are on this machine.
 
-    python -m tests.benchmark --data-root DATA --extractor FILE
+    PYTHONPATH=. python tests/benchmark.py --data-root DATA --extractor FILE
 
 Writes results/benchmarks/MACHINE.json and .md. No test: nothing here can fail by being slow.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -171,7 +170,8 @@ def as_markdown(result: dict) -> str:
         f"- Batches by index on the device: {result['data_images_per_second']:,.0f} images/s; "
         f"medmnist with PIL transforms and a DataLoader: "
         f"{result['usual_way_images_per_second']:,.0f} images/s ({ratio:.0f} times slower).",
-        f"- Features by {result['extractor']}: {result['extraction_images_per_second']:.1f} images/s.",
+        f"- Features by {result['extractor']}: "
+        f"{result['extraction_images_per_second']:.1f} images/s.",
         f"- Fréchet distance of 2048-d statistics: {result['frechet_2048_seconds']:.1f} s.",
         "",
     ]

@@ -1,0 +1,231 @@
+"""The whole suite at one epoch on the demo cells, with what can go wrong in it."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+import run_suite
+from custom_models import MODELS
+from run_suite import Runner, Task
+from utils import InputError
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--preset", "quick", "--dataset", "demo", "--extractor", "demo", "--device", "cpu"]
+TINY += ["--seeds", "1", "--set", "epochs=1"]
+
+
+def suite(out: Path, *more: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, ROOT / "run_suite.py", *TINY, "--out", out, *more],
+        capture_output=True,
+        text=True,
+        cwd=out.parent,
+        check=False,
+    )
+
+
+def run_of(out: Path, model: str) -> Path:
+    return out / "runs" / f"{model}-quick" / "seed0"
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """All models, where the DCGAN meets a broken checkpoint: (results, what was printed)."""
+    out = tmp_path_factory.mktemp("suite") / "results"
+    broken = run_of(out, "dcgan") / "checkpoint.pt"
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(b"no checkpoint")
+    done = suite(out, "--jobs", "2")
+    return out, done, sorted(p.relative_to(out) for p in out.rglob("*.ipynb"))
+
+
+@pytest.fixture(scope="module")
+def second(first):
+    """Again, with the fault removed and the CVAE's executed notebook lost."""
+    out, _, _ = first
+    (run_of(out, "dcgan") / "checkpoint.pt").unlink()
+    (run_of(out, "cvae") / "notebook.ipynb").unlink()
+    before = (run_of(out, "cvae") / "checkpoint.pt").stat().st_mtime_ns
+    done = suite(out, "--jobs", "2")
+    return out, done, before
+
+
+def test_a_failed_run_is_named_and_the_others_go_on(first):
+    out, done, notebooks = first
+    assert done.returncode == 1
+    assert "failed: dcgan quick seed 0: InputError:" in done.stderr
+    assert "checkpoint.pt is broken" in done.stderr
+    good = [m for m in MODELS if m != "dcgan"]
+    assert all((run_of(out, model) / "record.json").exists() for model in good)
+    names = {str(path) for path in notebooks}
+    assert {f"runs/{m}-quick/seed0/notebook.ipynb" for m in good} <= names
+    assert "runs/dcgan-quick/seed0/notebook.ipynb" not in names
+    assert "runs/dcgan-quick/seed0/failed.ipynb" in names
+    assert "compare_models.ipynb" in names
+
+
+def test_second_call_does_what_is_missing(second):
+    out, done, before = second
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "4 runs: 2 finished before, 2 to do" in done.stdout
+    assert not (run_of(out, "dcgan") / "failed.ipynb").exists()
+    assert not list(out.rglob("*.partial"))
+    # A finished run whose notebook is missing is shown again, not trained again.
+    assert (run_of(out, "cvae") / "notebook.ipynb").exists()
+    assert (run_of(out, "cvae") / "checkpoint.pt").stat().st_mtime_ns == before
+
+
+def test_table_and_figures(second):
+    out, done, _ = second
+    table = (out / "results_quick.md").read_text()
+    assert "FD (demo)" in table and "real cells (held out)" in table
+    assert all(f"| {model} | quick | 1 |" in table for model in MODELS)
+    assert not (out / "results.md").exists()  # quick runs are no results
+    for name in ("results_quick.csv", "comparison.png", "distances.png", "compare_models.ipynb"):
+        assert (out / name).exists()
+    assert "results/results_quick.md" in done.stdout
+    assert "results/runs/ddpm-quick/seed0/notebook.ipynb" in done.stdout
+
+
+def test_executed_notebooks_show_everything(second):
+    out, _, _ = second
+    for model in MODELS:
+        path = run_of(out, model) / "notebook.ipynb"
+        outputs = [
+            output
+            for cell in nbformat.read(path, as_version=4).cells
+            for output in cell.get("outputs", [])
+        ]
+        assert sum("image/png" in o.get("data", {}) for o in outputs) == 6
+        assert sum("text/markdown" in o.get("data", {}) for o in outputs) == 2
+        assert not [o for o in outputs if o.get("name") == "stderr"]
+        assert not [o for o in outputs if run_suite.WIDGET in o.get("data", {})]
+
+
+def test_finished_suite_is_skipped(second, monkeypatch, capsys):
+    out, _, _ = second
+    executed = []
+    monkeypatch.setattr(Runner, "execute", lambda self, task: executed.append(task.name))
+    assert run_suite.main([*TINY, "--out", str(out)]) == 0
+    assert executed == ["comparison"]
+    assert "4 runs: 4 finished before, 0 to do" in capsys.readouterr().out
+
+
+def test_a_half_written_notebook_is_not_taken_for_a_finished_one(second, tmp_path):
+    out, _, _ = second
+    whole = run_of(out, "cvae") / "notebook.ipynb"
+    assert run_suite._is_whole(whole)
+    text = whole.read_text()
+    cut = tmp_path / "notebook.ipynb"
+    cut.write_text(text[: len(text) // 2])
+    assert not run_suite._is_whole(cut)
+    content = json.loads(text)
+    content["metadata"]["papermill"]["end_time"] = None
+    cut.write_text(json.dumps(content))
+    assert not run_suite._is_whole(cut)
+
+
+def test_broken_record_is_named(second):
+    out, _, _ = second
+    record = run_of(out, "cvae") / "record.json"
+    text = record.read_text()
+    record.write_text(text[:100])
+    try:
+        with pytest.raises(InputError, match=r"cvae-quick/seed0/record\.json is not JSON"):
+            run_suite.main([*TINY, "--out", str(out)])
+    finally:
+        record.write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--models", "vae"], "unknown model 'vae'"),
+        (["--preset", "huge"], "no preset 'huge'"),
+        (["--set", "epoch=3"], "no setting 'epoch'"),
+        (["--set", "epochs"], "NAME=VALUE"),
+        (["--set", "epochs=many"], "epochs must be int"),
+        (["--dataset", "cells"], "unknown data set 'cells'"),
+        (["--extractor", "nothing.pt"], "nothing.pt does not exist"),
+        (["--device", "tpu9"], "unknown device 'tpu9'"),
+        (["--seeds", "0"], "--seeds must be at least 1"),
+        (["--jobs", "0"], "--jobs must be at least 1"),
+        (["--seed", "x"], "--help"),
+    ],
+)
+def test_bad_input_is_told_before_anything_starts(arguments, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        run_suite.main([*TINY, "--models", "cvae", *arguments, "--out", str(tmp_path / "results")])
+    assert not (tmp_path / "results").exists()
+
+
+def test_unknown_parameter(tmp_path, monkeypatch):
+    """Papermill would only warn, and run the same seed five times."""
+    (tmp_path / "notebooks").mkdir()
+    text = (ROOT / "notebooks" / "cvae.ipynb").read_text()
+    (tmp_path / "notebooks" / "cvae.ipynb").write_text(text.replace("seed = 0", "sed = 0"))
+    monkeypatch.setattr(run_suite, "ROOT", tmp_path)
+    with pytest.raises(InputError, match="no parameter seed"):
+        run_suite.main([*TINY, "--models", "cvae", "--out", str(tmp_path / "results")])
+
+
+def test_exit_code_of_bad_input(tmp_path):
+    done = suite(tmp_path / "results", "--models", "vae")
+    assert done.returncode == 2
+    assert done.stderr == ("error: unknown model 'vae'; known are " + ", ".join(MODELS) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------
+# Kernels that die
+# ---------------------------------------------------------------------------------------------
+
+
+def task_of(folder: Path, source: str) -> Task:
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    nbformat.write(notebook, folder / "source.ipynb")
+    return Task("a run", folder / "source.ipynb", folder / "run" / "notebook.ipynb", {})
+
+
+def test_killed_kernel_is_reported(tmp_path):
+    task = task_of(tmp_path, "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    assert "the kernel died" in Runner(jobs=1).execute(task)
+    assert not task.target.exists()
+
+
+def test_the_kernel_is_this_interpreter(tmp_path):
+    task = task_of(tmp_path, "import sys\nprint(sys.executable)")
+    assert Runner(jobs=1).execute(task) is None
+    (cell,) = nbformat.read(task.target, as_version=4).cells
+    assert cell.outputs[0].text.strip() == sys.executable
+
+
+def test_stop_ends_kernels(tmp_path):
+    """Else a training would go on after Ctrl-C."""
+    task = task_of(tmp_path, "import time\ntime.sleep(600)")
+    runner, causes = Runner(jobs=1), []
+    thread = threading.Thread(target=lambda: causes.append(runner.execute(task)))
+    thread.start()
+    deadline = time.monotonic() + 60
+    kernels = []
+    while not kernels and time.monotonic() < deadline:
+        time.sleep(0.2)
+        kernels = [k for p in list(runner.processes.values()) for k in run_suite._kernels(p)]
+    runner.stop()
+    thread.join(30)
+    assert causes and kernels
+    assert not any(kernel.is_running() and kernel.status() != "zombie" for kernel in kernels)
+
+
+def test_papermill_that_waits_for_a_dead_kernel_is_ended(monkeypatch):
+    monkeypatch.setattr(run_suite, "KERNEL_GONE_SECONDS", 1)
+    code = "import subprocess, time; subprocess.run(['sleep', '2']); time.sleep(600)"
+    process = subprocess.Popen([sys.executable, "-c", code], env=os.environ)
+    assert run_suite._watch(process) is True
+    assert process.returncode is not None
