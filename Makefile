@@ -7,7 +7,6 @@ MODELS ?= cvae dcgan ddpm cwgan_gp
 PRESET ?= baseline
 EXTRACTOR ?= inception
 DATA_ROOT ?= data
-JOBS ?= 1
 
 VENV := .venv
 INSTALLED := $(VENV)/.installed
@@ -24,11 +23,13 @@ help:
 	@echo "make clean      remove results/demo and caches, not .venv and not other results"
 
 demo: SEEDS ?= 2
+demo: JOBS ?= 2
 demo: $(INSTALLED)
 	$(RUN) run_suite.py --models $(MODELS) --preset quick --seeds $(SEEDS) --dataset demo \
 		--extractor demo --out results/demo --jobs $(JOBS)
 
 suite: SEEDS ?= 5
+suite: JOBS ?= 1
 suite: $(INSTALLED)
 	$(RUN) run_suite.py --models $(MODELS) --preset $(PRESET) --seeds $(SEEDS) \
 		--dataset bloodmnist --data-root "$(DATA_ROOT)" --extractor "$(EXTRACTOR)" \

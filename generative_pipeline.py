@@ -385,7 +385,8 @@ class GenerativePipeline:
             return None
         except ValueError:
             raise InputError(f"{self.record_path} is not JSON; delete it to measure anew") from None
-        return record if record.get("key") == self.run_key() else None
+        own = isinstance(record, dict) and record.get("key") == self.run_key()
+        return record if own else None
 
     def evaluate(self) -> dict:
         """Measure the trained model under the default protocol and write the run's record.

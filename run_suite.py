@@ -23,6 +23,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import psutil
+import torch
 from tqdm import tqdm
 
 from custom_models import MODELS, make_config
@@ -42,6 +43,9 @@ papermill.execute_notebook(**json.loads(sys.argv[1]), kernel_name="python3", pro
 WIDGET = "application/vnd.jupyter.widget-view+json"
 # Papermill notices a dead kernel within seconds; one that still waits after so long never will.
 KERNEL_GONE_SECONDS = 60
+# Two kernels that start at the same moment may take the same port; one of them then dies at once.
+NOT_STARTED = "Kernel died before replying to kernel_info"
+START_ATTEMPTS = 3
 
 
 @dataclass(frozen=True, eq=False)  # hashed by identity: the parameters are a dict
@@ -206,7 +210,7 @@ class Runner:
             "JUPYTER_PREFER_ENV_PATH": "1",  # this interpreter's kernel before the user's own
         }
         if jobs > 1:
-            threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+            threads = max(1, torch.get_num_threads() // jobs)
             self.environment["OMP_NUM_THREADS"] = str(threads)
         self.processes: dict[Task, subprocess.Popen] = {}
         self.lock = threading.Lock()
@@ -217,6 +221,19 @@ class Runner:
         task.target.parent.mkdir(parents=True, exist_ok=True)
         failed = task.target.with_name("failed.ipynb")
         partial = task.target.with_name(f"{task.target.name}.partial")
+        for _ in range(START_ATTEMPTS):
+            cause = self._attempt(task, partial)
+            if cause is None or NOT_STARTED not in cause:
+                break
+        if cause is None:
+            _drop_progress_bars(partial)
+            partial.replace(task.target)
+            failed.unlink(missing_ok=True)
+        elif partial.exists():
+            partial.replace(failed)
+        return cause
+
+    def _attempt(self, task: Task, partial: Path) -> str | None:
         request = {
             "input_path": str(task.source),
             "output_path": str(partial),
@@ -236,16 +253,9 @@ class Runner:
             kernel_gone = _watch(process)
             self.processes.pop(task)
             log.seek(0)
-            cause = None
-            if process.returncode != 0 or not _is_whole(partial):
-                cause = _cause(partial, log.read(), process.returncode, kernel_gone)
-        if cause is None:
-            _drop_progress_bars(partial)
-            partial.replace(task.target)
-            failed.unlink(missing_ok=True)
-        elif partial.exists():
-            partial.replace(failed)
-        return cause
+            if process.returncode == 0 and _is_whole(partial):
+                return None
+            return _cause(partial, log.read(), process.returncode, kernel_gone)
 
     def stop(self) -> None:
         """End every process under way, kernels first: they would otherwise train on."""

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from utils import InputError
@@ -30,6 +31,15 @@ class ModelConfig:
                 object.__setattr__(self, field.name, tuple(value))
             elif type(value) is not kind:
                 raise InputError(f"{field.name} must be {kind.__name__}, got {value!r}")
+            value = getattr(self, field.name)
+            if kind is float and not math.isfinite(value):
+                raise InputError(f"{field.name} must be finite, got {value}")
+            if kind is tuple and not (value and all(type(v) is int and v >= 1 for v in value)):
+                raise InputError(f"{field.name} must be whole numbers above 0, got {value}")
+            if field.name == "lr" and value <= 0:
+                raise InputError(f"lr must be above 0, got {value}")
+            if field.name.startswith("beta") and not 0 <= value < 1:
+                raise InputError(f"{field.name} must be in [0, 1), got {value}")
         for name in ("image_size", "image_channels", "n_classes", "epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -38,10 +38,14 @@ class Config(ModelConfig):
 
 PRESETS = {
     "baseline": Config(),
+    # At the published ratio of three to one the discriminator soon only guesses, D(x) = D(G(z)) =
+    # 1/2, and the generator has little left to learn from; one to one keeps it alive.
+    "balanced": replace(Config(), generator_steps=1),
     "quick": replace(
         Config(),
         generator_channels=(128, 64, 32, 16),
         discriminator_channels=(16, 32, 64, 128),
+        generator_steps=1,
         epochs=20,
         batch_size=64,
     ),

@@ -199,6 +199,13 @@ def test_killed_kernel_is_reported(tmp_path):
     assert not task.target.exists()
 
 
+def test_a_kernel_that_does_not_start_is_tried_again(tmp_path, monkeypatch):
+    causes = [f"RuntimeError: {run_suite.NOT_STARTED}", "ValueError: its own"]
+    monkeypatch.setattr(Runner, "_attempt", lambda self, task, partial: causes.pop(0))
+    assert Runner(jobs=1).execute(task_of(tmp_path, "")) == "ValueError: its own"
+    assert causes == []
+
+
 def test_the_kernel_is_this_interpreter(tmp_path):
     task = task_of(tmp_path, "import sys\nprint(sys.executable)")
     assert Runner(jobs=1).execute(task) is None

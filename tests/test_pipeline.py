@@ -1,0 +1,734 @@
+"""Training that can be killed, checkpoints, sampling, and the record of a run."""
+
+import copy
+import json
+import multiprocessing
+import os
+import random
+import resource
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from custom_models import MODELS
+from evaluation import protocol
+from generative_pipeline import GenerativePipeline, derive_seed, run_folder
+from utils import ImageSet, class_balanced_labels, to_uint8
+
+TINY = {
+    "cvae": {"channels": (8, 16), "latent_dim": 4, "batch_size": 32},
+    "dcgan": {
+        "generator_channels": (16, 8, 8, 4),
+        "discriminator_channels": (4, 8, 8, 16),
+        "generator_steps": 3,
+        "batch_size": 32,
+        "ema_decay": 0.9,
+    },
+    "ddpm": {  # its quick preset has EMA, flips and turns
+        "channels": (8, 16),
+        "timesteps": 10,
+        "sampling_steps": 2,
+        "batch_size": 32,
+        "validation_epochs": 2,
+    },
+    "cwgan_gp": {"base_channels": 4, "critic_steps": 2, "batch_size": 16},
+}
+MODEL_NAMES = pytest.mark.parametrize("name", MODELS)
+
+
+@pytest.fixture
+def make(data_root, tiny_extractor, tmp_path):
+    """Builds a pipeline of a tiny model on the tiny data, in a folder of the test's own."""
+
+    def build(name: str = "cvae", out: str = "run", seed: int = 0, **changes) -> GenerativePipeline:
+        settings = {
+            "preset": "quick",
+            "dataset": "bloodmnist",
+            "data_root": data_root,
+            "extractor": tiny_extractor,
+            "device": "cpu",
+            "epochs": 2,
+            **TINY[name],
+            **changes,
+        }
+        return GenerativePipeline(name, seed=seed, out=tmp_path / out, **settings)
+
+    return build
+
+
+@pytest.fixture
+def trained(make) -> GenerativePipeline:
+    pipeline = make()
+    pipeline.train()
+    return pipeline
+
+
+def differences(a, b, where: str = "") -> list[str]:
+    """Places at which two nested states are not equal bit for bit."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        if a.keys() != b.keys():
+            return [f"{where}: keys"]
+        return [d for key in a for d in differences(a[key], b[key], f"{where}/{key}")]
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        if len(a) != len(b):
+            return [f"{where}: length"]
+        return [d for i in range(len(a)) for d in differences(a[i], b[i], f"{where}/{i}")]
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        same = a.dtype == b.dtype and a.shape == b.shape
+        return [] if same and a.numpy().tobytes() == b.numpy().tobytes() else [where]
+    return [] if type(a) is type(b) and a == b else [where]
+
+
+def read(path: Path) -> dict:
+    state = torch.load(path, weights_only=True)
+    del state["seconds"]
+    return state
+
+
+# ---------------------------------------------------------------------------------------------
+# A killed run goes on
+# ---------------------------------------------------------------------------------------------
+
+KILLED_EPOCHS = 8
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Fresh processes from a server that has imported torch but trained nothing."""
+    context = multiprocessing.get_context("forkserver")
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
+    # What a training imports on its way, once for all of them.
+    slow_imports = ["generative_pipeline", "torch._dynamo", "torch.utils.tensorboard"]
+    context.set_forkserver_preload(slow_imports)
+    warm_up = context.Process(target=print)
+    warm_up.start()
+    warm_up.join()
+    os.environ.pop("PYTHONPATH")
+    if before is not None:
+        os.environ["PYTHONPATH"] = before
+    return context
+
+
+def train_in_process(name: str, out: Path, data_root: Path, extractor: Path) -> None:
+    torch.set_num_threads(1)
+    GenerativePipeline(
+        name,
+        preset="quick",
+        data_root=data_root,
+        extractor=extractor,
+        device="cpu",
+        out=out,
+        checkpoint_seconds=0,
+        epochs=KILLED_EPOCHS,
+        **TINY[name],
+    ).train()
+
+
+def kill_at_random(process, checkpoint: Path, chance: random.Random) -> None:
+    """SIGKILL at a random moment of an epoch, after a random number of checkpoints."""
+
+    def stamp() -> int:
+        return checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+
+    written, last, moments = 0, stamp(), [time.monotonic()]
+    wanted = chance.randint(1, KILLED_EPOCHS // 4)
+    while written < wanted and process.is_alive():
+        if stamp() != last:
+            written, last = written + 1, stamp()
+            moments.append(time.monotonic())
+        time.sleep(0.001)
+    epoch = moments[-1] - moments[-2] if written > 1 else 0.05
+    time.sleep(chance.uniform(0, epoch))
+    process.kill()
+    process.join()
+
+
+@MODEL_NAMES
+def test_a_run_killed_at_random_equals_an_uninterrupted_one(
+    name, processes, data_root, tiny_extractor, tmp_path
+):
+    def start(out: str):
+        arguments = (name, tmp_path / out, data_root, tiny_extractor)
+        process = processes.Process(target=train_in_process, args=arguments)
+        process.start()
+        return process
+
+    whole = start("whole")
+    chance = random.Random()  # another moment each time
+    checkpoint = tmp_path / "killed" / "checkpoint.pt"
+    steps = []
+    for _ in range(2):
+        process = start("killed")
+        kill_at_random(process, checkpoint, chance)
+        assert process.exitcode == -9  # killed before it was done
+        steps.append(read(checkpoint)["step"])
+    assert 0 < steps[0] < steps[1]
+    for process in (start("killed"), whole):
+        process.join()
+        assert process.exitcode == 0
+    killed, uninterrupted = read(checkpoint), read(tmp_path / "whole" / "checkpoint.pt")
+    steps_per_epoch = 160 // 32
+    assert steps[1] < uninterrupted["step"] == KILLED_EPOCHS * steps_per_epoch
+    assert differences(killed, uninterrupted) == []
+    assert len(killed["history"]) == KILLED_EPOCHS
+    assert (killed["ema"] is not None) == (killed["identity"]["ema_decay"] > 0)
+    assert (name in ("dcgan", "ddpm")) <= (killed["ema"] is not None)
+    assert (killed["best"] is not None) == (name == "ddpm")
+    grids = {path.name for path in (tmp_path / "killed" / "progress").glob("*.png")}
+    assert grids == {"025.png", "050.png", "075.png", "100.png"}
+    for grid in grids:
+        one, other = (
+            (tmp_path / run / "progress" / grid).read_bytes() for run in ("killed", "whole")
+        )
+        assert one == other
+
+
+def test_differences_see_one_bit():
+    state = {"a": [torch.zeros(3), 1.5], "b": {"c": None}}
+    other = copy.deepcopy(state)
+    assert differences(state, other) == []
+    other["a"][0][2] = -0.0
+    assert differences(state, other) == ["/a/0"]
+    assert differences(state, {"a": state["a"]}) == [": keys"]
+
+
+def test_sampling_and_drawing_between_epochs_change_nothing(make):
+    """Noise is a function of (seed, step), not of what else was drawn."""
+    one, other = make(out="one"), make(out="other")
+    one.train()
+    validate = other._validate
+
+    def disturb(epoch):
+        other.sample(torch.arange(8), raw=True)
+        torch.rand(5), np.random.rand(5), random.random()
+        validate(epoch)
+
+    other._validate = disturb
+    torch.manual_seed(123)
+    other.train()
+    assert differences(one.model.state_dict(), other.model.state_dict()) == []
+
+
+def test_a_finished_training_is_not_trained_again(make, trained, monkeypatch):
+    again = make()
+    monkeypatch.setattr(again, "_train_epoch", lambda *_: pytest.fail("trained again"))
+    again.train()
+    assert again.step == again.total_steps == 10
+    assert differences(again.model.state_dict(), trained.model.state_dict()) == []
+    labels = torch.arange(8)
+    assert torch.equal(again.sample(labels), trained.sample(labels))
+
+
+def test_seeds_give_different_runs_and_the_same_seed_the_same(make):
+    states: list[list] = []
+    for out, seed in (("a", 0), ("b", 0), ("c", 1)):
+        pipeline = make(out=out, seed=seed)
+        states.append([copy.deepcopy(pipeline.model.state_dict())])
+        pipeline.train()
+        states[-1] += [pipeline.model.state_dict(), pipeline.sample(torch.arange(4))]
+    assert differences(states[0], states[1]) == []
+    for one, other in zip(states[0][:2], states[2][:2], strict=True):
+        assert all(not torch.equal(one[key], other[key]) for key in one)
+    assert not torch.equal(states[0][2], states[2][2])
+
+
+def recorded_order(pipeline) -> list[list[int]]:
+    """Rows of the training images in the order in which they are shown, a list an epoch."""
+    train = pipeline.train_set
+    rows = torch.arange(len(train))
+    pipeline.train_set = ImageSet(train.name, train.split, train.images, rows, train.classes)
+    shown = []
+
+    def step(images, labels, optimizers):
+        shown.append(labels.tolist())
+        assert torch.equal(to_uint8(images), train.images[labels])
+        return {"loss": torch.zeros(())}
+
+    pipeline.model.training_step = step
+    epochs = [pipeline._train_epoch(epoch) and shown[:] for epoch in range(2)]
+    size = len(epochs[0])
+    return [[row for step in part for row in step] for part in (shown[:size], shown[size:])]
+
+
+def test_an_epoch_shows_every_image_once_in_an_order_of_its_own(make):
+    first, second = recorded_order(make())
+    assert sorted(first) == sorted(second) == list(range(160))
+    assert first != second and first != list(range(160))
+    assert [first, second] == recorded_order(make())
+    other_seed = recorded_order(make(seed=1))
+    assert other_seed[0] not in (first, second)
+
+
+def test_images_that_fill_no_step_wait_for_another_epoch(make):
+    pipeline = make(batch_size=48)
+    first, second = recorded_order(pipeline)
+    assert pipeline.steps_per_epoch == 3 and pipeline.total_steps == 6
+    assert len(set(first)) == len(first) == 3 * 48
+    assert set(first) != set(second)
+
+
+def test_flips_and_turns_are_applied_where_the_config_says_so(make):
+    for flips in (False, True):
+        pipeline, seen = make(flips_and_turns=flips), []
+
+        def step(images, labels, optimizers, seen=seen):
+            seen.append(to_uint8(images))
+            return {"loss": torch.zeros(())}
+
+        pipeline.model.training_step = step
+        pipeline._train_epoch(0)
+        originals = {image.numpy().tobytes() for image in pipeline.sets["train"].images}
+        kept = sum(image.contiguous().numpy().tobytes() in originals for image in torch.cat(seen))
+        assert kept < 60 if flips else kept == 160
+
+
+@given(st.integers(0, 2**70), st.text(max_size=5), st.integers(0, 2**40))
+def test_derived_seeds_fit_torch_and_differ(seed, purpose, step):
+    value = derive_seed(seed, purpose, step)
+    assert 0 <= value < 2**63
+    torch.Generator().manual_seed(value)
+    others = {
+        derive_seed(seed + 1, purpose, step),
+        derive_seed(seed, purpose + "x", step),
+        derive_seed(seed, purpose, step + 1),
+    }
+    assert len(others) == 3 and value not in others
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_holds_plain_types_and_plain_keys(make):
+    pipeline = make("ddpm")
+    pipeline.train()
+    state = torch.load(pipeline.checkpoint_path, weights_only=True)
+    assert state.keys() == {
+        *("format", "identity", "step", "seconds", "history"),
+        *("model", "ema", "optimizers", "best"),
+    }
+    for weights in (state["model"], state["best"]["state"]):
+        assert weights.keys() == pipeline.model.state_dict().keys()
+        assert not any(key.startswith(("module.", "_orig_mod.")) for key in weights)
+    json.dumps(state["identity"])
+    assert os.listdir(pipeline.out / "progress") and not list(pipeline.out.rglob("*.partial"))
+
+
+def test_compiling_changes_no_key(make):
+    plain, compiled = make(), make(compile=True)
+    assert plain.model.state_dict().keys() == compiled.model.state_dict().keys()
+    assert compiled.model.encoder._compiled_call_impl is not None
+    compiled.save_checkpoint()
+    assert plain.load_checkpoint()
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])
+def test_a_truncated_checkpoint_is_bad_input_and_stays(share, make, trained, bad_input):
+    path = trained.checkpoint_path
+    data = path.read_bytes()
+    data = data[: int(share * len(data))]
+    path.write_bytes(data)
+    with bad_input(str(path), "broken", "delete it"):
+        make().train()
+    assert path.read_bytes() == data
+
+
+@given(data=st.binary(max_size=60))
+def test_any_other_bytes_are_bad_input(data, fuzzed, bad_input):
+    fuzzed.checkpoint_path.write_bytes(data)
+    with bad_input(str(fuzzed.checkpoint_path)):
+        fuzzed.load_checkpoint()
+
+
+@pytest.fixture(scope="module")
+def fuzzed(data_root, tiny_extractor, tmp_path_factory):
+    out = tmp_path_factory.mktemp("fuzzed")
+    return GenerativePipeline(
+        "cvae", preset="quick", data_root=data_root, device="cpu", out=out, **TINY["cvae"]
+    )
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"\x80\x02K.", b"(lp0\n.", b"\x80\x02}q\x00(0.", b"cos\nsystem\n(S'true'\ntR.", b"PK\x03\x04"],
+)
+def test_a_foreign_pickle_is_bad_input_and_is_not_run(data, fuzzed, bad_input):
+    fuzzed.checkpoint_path.write_bytes(data)
+    with bad_input(str(fuzzed.checkpoint_path)):
+        fuzzed.load_checkpoint()
+
+
+@pytest.mark.parametrize(
+    "state", [{}, [1, 2], {"format": 1}, {"format": 0, "identity": {}}, torch.zeros(2)]
+)
+def test_another_torch_file_is_no_checkpoint(state, make, bad_input):
+    pipeline = make()
+    pipeline.out.mkdir()
+    torch.save(state, pipeline.checkpoint_path)
+    with bad_input(str(pipeline.checkpoint_path), "not a checkpoint", "delete it"):
+        pipeline.train()
+
+
+@pytest.mark.parametrize(
+    "other, words",
+    [
+        ({"name": "dcgan"}, ["model ('cvae' there, 'dcgan' here)"]),
+        ({"seed": 1}, ["seed (0 there, 1 here)"]),
+        ({"epochs": 3}, ["epochs (2 there, 3 here)"]),
+        ({"lr": 0.01, "latent_dim": 5}, ["lr (0.001 there, 0.01 here)", "latent_dim (4 there"]),
+        ({"channels": (8, 8)}, ["channels ([8, 16] there, [8, 8] here)"]),
+        ({"preset": "baseline"}, ["preset ('quick' there, 'baseline' here)"]),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_bad_input_and_stays(other, words, make, trained, bad_input):
+    before = trained.checkpoint_path.read_bytes()
+    pipeline = make(**other)
+    state = copy.deepcopy(pipeline.model.state_dict())
+    with bad_input(str(trained.checkpoint_path), "another run", "choose another folder", *words):
+        pipeline.train()
+    assert trained.checkpoint_path.read_bytes() == before
+    assert differences(pipeline.model.state_dict(), state) == []
+
+
+def test_a_checkpoint_of_other_data_is_bad_input(make, trained, tiny_arrays, tmp_path, bad_input):
+    root = tmp_path / "other data"
+    root.mkdir()
+    changed = tiny_arrays["train_images"].copy()
+    changed[0, 0, 0, 0] ^= 1
+    np.savez(root / "bloodmnist.npz", **{**tiny_arrays, "train_images": changed})
+    with bad_input("dataset_sha256"):
+        make(data_root=root).train()
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint(make, bad_input):
+    pipeline = make(epochs=3)
+    pipeline.save_checkpoint()
+    before = pipeline.checkpoint_path.read_bytes()
+    pipeline.step = 5
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with bad_input(str(pipeline.checkpoint_path), "make room"):
+            pipeline.save_checkpoint()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert pipeline.checkpoint_path.read_bytes() == before
+    assert os.listdir(pipeline.out) == ["checkpoint.pt"]
+    assert make(epochs=3).load_checkpoint()
+
+
+def test_checkpoints_are_at_least_so_many_seconds_apart(make, monkeypatch):
+    for seconds, expected in ((0, 4), (3600, 1)):
+        pipeline, saved = make(out=str(seconds), epochs=4, checkpoint_seconds=seconds), []
+        monkeypatch.setattr(
+            pipeline, "save_checkpoint", lambda p=pipeline, saved=saved: saved.append(p.step)
+        )
+        pipeline.train()
+        assert len(saved) == expected and saved[-1] == pipeline.total_steps
+
+
+# ---------------------------------------------------------------------------------------------
+# Bad input and divergence
+# ---------------------------------------------------------------------------------------------
+
+
+def test_too_few_images_for_one_step_is_bad_input(make, bad_input, tmp_path):
+    with bad_input("161 images", "only 160", "batch_size"):
+        make(batch_size=161)
+    with bad_input("170 images", "only 160"):
+        make("cwgan_gp", batch_size=34, critic_steps=5)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_training(make, bad_input):
+    pipeline = make(lr=1e6)
+    with bad_input("cvae quick seed 0", "diverged in epoch", "learning rate"):
+        pipeline.train()
+    assert not pipeline.checkpoint_path.exists()
+
+
+def test_evaluating_an_unfinished_training_is_bad_input(make, bad_input):
+    with bad_input("step 0 of 10"):
+        make().evaluate()
+
+
+def test_a_run_has_its_own_folder():
+    assert run_folder("results", "cvae", "baseline", 3) == Path("results/runs/cvae-baseline/seed3")
+
+
+# ---------------------------------------------------------------------------------------------
+# Weights' mean, best step, sampling
+# ---------------------------------------------------------------------------------------------
+
+
+def test_the_weights_mean_forgets_its_beginning_then_decays_as_set(make):
+    pipeline = make(ema_decay=0.3)
+    parameter = pipeline.model.encoder.mean.bias
+    mean, values = None, [5.0, 1.0, -2.0, 4.0, 0.5, 3.0]
+    for n, value in enumerate(values):
+        with torch.no_grad():
+            parameter.fill_(value)
+        pipeline.ema.update_parameters(pipeline.model)
+        decay = min((1 + n) / (10 + n), 0.3)
+        mean = value if mean is None else decay * mean + (1 - decay) * value
+    averaged = pipeline._averaged_model().encoder.mean.bias
+    assert torch.allclose(averaged, torch.full_like(averaged, mean), atol=1e-6)
+
+
+def test_the_mean_takes_in_batch_statistics_too(make):
+    pipeline = make("dcgan", ema_decay=0.9)
+    pipeline.train()
+    raw, mean = pipeline.model.state_dict(), pipeline.kept_model().state_dict()
+    key = "generator.layers.1.running_var"
+    assert not torch.equal(raw[key], torch.ones_like(raw[key]))
+    assert not torch.equal(mean[key], torch.ones_like(raw[key]))
+    assert not torch.equal(mean[key], raw[key])
+    counter = "generator.layers.1.num_batches_tracked"
+    assert torch.equal(mean[counter], raw[counter])
+
+
+@pytest.mark.parametrize("name", ["dcgan", "ddpm"])
+def test_the_mean_is_sampled_and_the_raw_weights_stay_available(name, make):
+    pipeline = make(name, validation_epochs=0, ema_decay=0.99)
+    pipeline.train()
+    labels = torch.arange(8)
+    kept, raw = pipeline.sample(labels), pipeline.sample(labels, raw=True)
+    assert not torch.equal(kept, raw)
+    plain = make(name, out="plain", validation_epochs=0, ema_decay=0.0)
+    plain.train()
+    assert differences(plain.model.state_dict(), pipeline.model.state_dict()) == []
+    assert torch.equal(plain.sample(labels), raw)
+    assert torch.equal(plain.sample(labels), plain.sample(labels, raw=True))
+
+
+def test_the_step_with_the_lowest_validation_kid_is_kept(make, monkeypatch):
+    pipeline = make(epochs=6, validation_epochs=2)
+    values, extracted = iter([0.5, 0.1, 0.3]), []
+    states = {}
+
+    def distance(real, fake):
+        extracted.append((real.shape, fake.shape))
+        states[pipeline.step] = copy.deepcopy(pipeline.model.state_dict())
+        return next(values), 0.0
+
+    monkeypatch.setattr("generative_pipeline.kid.kernel_distance", distance)
+    pipeline.train()
+    assert extracted == [((24, 8), (24, 8))] * 3  # the validation split, never the test split
+    assert list(states) == [10, 20, 30]
+    assert pipeline.best["step"] == 20 and pipeline.best["validation_kid"] == 0.1
+    assert differences(pipeline.kept_model().state_dict(), states[20]) == []
+    measured = [row["validation_kid"] for row in pipeline.history if "validation_kid" in row]
+    assert measured == [0.5, 0.1, 0.3]
+    assert pipeline.step == 30 and differences(pipeline.model.state_dict(), states[30]) == []
+    again = make(epochs=6, validation_epochs=2)
+    again.load_checkpoint()
+    assert differences(again.kept_model().state_dict(), states[20]) == []
+
+
+@MODEL_NAMES
+def test_samples_are_uint8_and_depend_on_their_seed(name, make):
+    pipeline = make(name, validation_epochs=0)
+    pipeline.train()
+    labels = class_balanced_labels(8, 2)
+    images = pipeline.sample(labels)
+    assert images.dtype == torch.uint8 and images.shape == (16, 3, 28, 28)
+    assert images.device.type == "cpu"
+    assert torch.equal(images, pipeline.sample(labels))
+    assert torch.equal(images, pipeline.sample(labels, seed=0))
+    assert not torch.equal(images, pipeline.sample(labels, seed=1))
+
+
+def test_a_longer_call_is_cut_into_batches(trained):
+    images = trained.sample(torch.zeros(300, dtype=torch.int64))
+    assert images.shape == (300, 3, 28, 28)
+    assert len(images.unique(dim=0)) > 290
+    assert torch.equal(images[:256], trained.sample(torch.zeros(256, dtype=torch.int64)))
+
+
+@MODEL_NAMES
+def test_an_image_does_not_depend_on_the_others_of_its_batch(name, make):
+    pipeline = make(name, validation_epochs=0)
+    pipeline.train()
+    model, labels = pipeline.kept_model(), torch.arange(12) % 8
+    torch.manual_seed(0)
+
+    def images(rows):
+        if name == "cvae":
+            return model.decoder(latents[rows], model.condition(labels[rows]))
+        if name == "dcgan":
+            return model.generator(latents[rows])
+        if name == "cwgan_gp":
+            return model.generator(latents[rows], labels[rows])
+        return model.ddim(latents[rows], 2)
+
+    latents = torch.randn(12, 3, 28, 28) if name == "ddpm" else model_latents(model)
+    with torch.no_grad():
+        together, some, alone = images(slice(12)), images(slice(5)), images(slice(7, 8))
+    assert torch.allclose(together[:5], some, atol=1e-5)
+    assert torch.allclose(together[7:8], alone, atol=1e-5)
+
+
+def model_latents(model) -> torch.Tensor:
+    return torch.randn(12, model.config.latent_dim)
+
+
+def test_sampling_is_done_in_evaluation_mode_and_changes_nothing(make):
+    pipeline = make("dcgan", ema_decay=0.0)
+    pipeline.train()
+    model = pipeline.model
+    model.train()
+    before = copy.deepcopy(model.state_dict())
+    images = pipeline.sample(torch.zeros(10, dtype=torch.int64), raw=True)
+    assert model.training and model.generator.training
+    assert differences(model.state_dict(), before) == []
+    model.eval()
+    generator = torch.Generator().manual_seed(derive_seed(0, "samples"))
+    expected = to_uint8(model.sample(torch.zeros(10, dtype=torch.int64), generator))
+    assert torch.equal(images, expected)
+
+
+def test_nearest_training_images_of_training_images_are_themselves(trained):
+    chosen = trained.sets["train"].images[[3, 50, 7]]
+    nearest = trained.nearest_training_images(chosen, k=3)
+    assert nearest.shape == (3, 3, 3, 28, 28)
+    assert torch.equal(nearest[:, 0], chosen)
+
+
+# ---------------------------------------------------------------------------------------------
+# The record
+# ---------------------------------------------------------------------------------------------
+
+
+def test_the_record_says_all_that_a_table_needs(make):
+    pipeline = make("ddpm", validation_epochs=1)
+    pipeline.train()
+    record = pipeline.evaluate()
+    assert json.loads(json.dumps(record)) == json.loads(pipeline.record_path.read_text())
+    assert (record["model"], record["preset"], record["seed"]) == ("ddpm", "quick", 0)
+    assert record["budget"] == "quick"
+    for field in MODELS["ddpm"].Config.__dataclass_fields__:
+        assert field in record["config"]
+    assert record["config"]["sampling_steps"] == 2 and record["config"]["n_classes"] == 8
+    assert record["dataset"] == {
+        "name": "BloodMNIST",
+        "split": "train",
+        "n": 160,
+        "sha256": pipeline.sets["train"].sha256(),
+        "duplicates_across_splits": 0,
+    }
+    assert (record["steps"], record["images_seen"], record["sampled_images"]) == (10, 320, 64)
+    assert record["kept_step"] == pipeline.best["step"] in (5, 10)
+    assert record["parameters"] == sum(p.numel() for p in pipeline.model.parameters())
+    assert record["device"].startswith("CPU") and record["precision"] == "float32"
+    assert record["threads"] == torch.get_num_threads()
+    for positive in ("seconds", "images_per_second", "peak_memory_mib", "sampling_seconds"):
+        assert record[positive] >= 0
+    assert record["images_per_second"] > 0 and record["peak_memory_mib"] > 50
+    assert record["versions"]["torch"] == torch.__version__
+    assert {"python", "numpy", "code"} <= record["versions"].keys()
+    assert "git_commit" in record
+    assert [row["epoch"] for row in record["history"]] == [1, 2]
+    assert all({"loss", "validation_kid"} <= row.keys() for row in record["history"])
+    for picture in ("samples.png", "losses.png"):
+        assert (pipeline.out / picture).stat().st_size > 1000
+
+
+def test_metrics_carry_the_protocol_under_which_they_were_taken(trained, tiny_extractor):
+    metrics = trained.evaluate()["metrics"]
+    for name in ("frechet_distance", "kid", "kid_standard_error", "mean_colour_error"):
+        assert np.isfinite(metrics[name])
+    assert metrics["distance_name"] != "FID" and "tiny-8" in metrics["distance_name"]
+    rules = metrics["protocol"]
+    assert (rules["n_real"], rules["n_fake"], rules["reference_split"]) == (160, 64, "train")
+    assert rules["dataset_sha256"] == trained.dataset_sha256
+    assert (rules["dataset"], rules["image_size"]) == ("BloodMNIST", 28)
+    assert rules["feature_dim"] == 8 and rules["extractor_sha256"] == trained.extractor().sha256
+    # The floor: the held-out cells in place of generated ones, under the same rules.
+    assert metrics["floor"]["protocol"] == rules
+    assert 0 <= metrics["floor"]["frechet_distance"] < metrics["frechet_distance"]
+
+
+def test_the_generated_images_have_the_held_out_labels(make, monkeypatch):
+    pipeline = make("cwgan_gp")
+    pipeline.train()
+    asked = []
+    sample = pipeline.sample
+    monkeypatch.setattr(pipeline, "sample", lambda labels: asked.append(labels) or sample(labels))
+    pipeline.evaluate()
+    assert torch.equal(asked[0], pipeline.sets["held_out"].labels)
+    with np.load(pipeline.out / "samples.npz") as saved:
+        assert saved["images"].dtype == np.uint8 and len(saved["images"]) == 64
+        assert np.array_equal(saved["images"], sample(asked[0])[:64].numpy())
+        assert np.array_equal(saved["labels"], asked[0][:64].numpy())
+
+
+def test_the_mean_colour_error_is_that_of_the_channels_means(trained, monkeypatch):
+    reals = trained.sets["train"].images.double().mean((0, 2, 3))
+    fakes = torch.tensor([100, 150, 200], dtype=torch.uint8).view(1, 3, 1, 1)
+    noise = torch.randint(2, (64, 3, 28, 28), dtype=torch.uint8)
+    monkeypatch.setattr(trained, "sample", lambda labels: fakes + noise)
+    record = trained.evaluate()
+    expected = (fakes.double().view(3) + noise.double().mean((0, 2, 3)) - reals).abs().mean()
+    assert record["metrics"]["mean_colour_error"] == pytest.approx(expected.item())
+
+
+def test_a_finished_record_is_read_not_measured_again(make, trained, monkeypatch):
+    record = trained.evaluate()
+    again = make()
+    assert again.finished_record()["key"] == record["key"]
+    monkeypatch.setattr(protocol, "evaluate", lambda *_, **__: pytest.fail("measured again"))
+    assert again.evaluate()["metrics"] == json.loads(json.dumps(record["metrics"]))
+
+
+def test_a_record_counts_for_its_own_config_data_and_extractor_alone(
+    make, trained, tiny_extractor, tmp_path
+):
+    trained.evaluate()
+    assert make().finished_record()
+    other_extractor = tmp_path / "other-8.pt"
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            weights = torch.jit.load(str(tiny_extractor))
+        for parameter in weights.parameters():
+            parameter.data.normal_()
+        weights.save(str(other_extractor))
+    for change in ({"lr": 0.5}, {"seed": 1}, {"epochs": 3}, {"extractor": other_extractor}):
+        assert make(**change).finished_record() is None
+    assert make(out="elsewhere").finished_record() is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "\x00\xff", "not JSON"])
+def test_a_record_that_is_no_json_is_bad_input_and_stays(text, make, bad_input):
+    pipeline = make()
+    pipeline.out.mkdir()
+    pipeline.record_path.write_text(text)
+    with bad_input(str(pipeline.record_path), "JSON"):
+        pipeline.finished_record()
+    assert pipeline.record_path.read_text() == text
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null"])
+def test_json_that_is_no_record_is_not_this_runs(text, make):
+    pipeline = make()
+    pipeline.out.mkdir()
+    pipeline.record_path.write_text(text)
+    assert pipeline.finished_record() is None
+
+
+def test_the_budget_tells_a_shortened_run_from_a_full_one(make):
+    assert make().budget() == "quick"
+    changes = {"preset": "baseline"}
+    assert make(**changes, epochs=100).budget() == "full"
+    assert make(**changes, epochs=99).budget() == "reduced"
+    small = {"name": "ddpm", "preset": "small", "epochs": 80}
+    assert make(**small).budget() == "reduced"
