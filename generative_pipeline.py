@@ -47,6 +47,7 @@ from utils import (
 # Part of every run's key. Raise it with any change that alters what a training or a measurement
 # gives; finished runs of other versions are then run again.
 CODE_VERSION = 1
+RESULTS = Path(__file__).resolve().parent / "results"
 CHECKPOINT_FORMAT = 1
 SAVED_SAMPLES = 64
 SAMPLE_BATCH = 128  # fixed, so that a seed gives the same images everywhere
@@ -68,7 +69,7 @@ class GenerativePipeline:
 
     model, preset: names in `custom_models.MODELS` and its PRESETS; **settings change fields of the
     preset's config. dataset, data_root: as in `utils.load_dataset`. out: the run's folder.
-    extractor: `inception`, `demo` or a TorchScript file. device: auto, cpu or cuda.
+    extractor: as in `evaluation.features.load_extractor`. device: auto, cpu or cuda.
     checkpoint_seconds: at least so long between checkpoints, which are written at ends of epochs.
     compile: torch.compile the networks; gains on CUDA only, and not where a gradient penalty needs
     a second derivative. Raises InputError for anything it can't work with.
@@ -82,7 +83,7 @@ class GenerativePipeline:
         seed: int = 0,
         out: str | Path | None = None,
         data_root: str | Path | None = None,
-        extractor: str | Path = "inception",
+        extractor: str | Path | None = None,
         device: str = "auto",
         checkpoint_seconds: float = 60,
         compile: bool = False,
@@ -90,7 +91,7 @@ class GenerativePipeline:
     ):
         self.name, self.preset, self.seed = model, preset, seed
         self.config = make_config(model, preset, **settings)
-        self.out = Path(out) if out else run_folder("results", model, preset, seed)
+        self.out = Path(out or run_folder(RESULTS, model, preset, seed))
         self.device = pick_device(device)
         self.checkpoint_seconds = checkpoint_seconds
         self.extractor_name, self._extractor = extractor, None

@@ -73,7 +73,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data-root", help="folder with the data sets ($DATA_ROOT, else data)")
     parser.add_argument(
         "--extractor",
-        default=os.environ.get("EXTRACTOR", "inception"),
         help="inception, demo or a TorchScript file ($EXTRACTOR, else inception)",
     )
     parser.add_argument(
@@ -95,14 +94,21 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Make paths absolute, for the notebooks run elsewhere, and refuse what can be told now."""
+    """Refuse what can be told now, and hand data root and extractor to the notebooks.
+
+    They go through the environment, so that no kept notebook holds a path of this machine.
+    """
     for name in ("seeds", "jobs"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(options, name)}")
-    root = options.data_root or os.environ.get("DATA_ROOT") or "data"
-    options.data_root, options.out = Path(root).resolve(), Path(options.out).resolve()
-    if options.extractor not in ("inception", "demo"):
-        options.extractor = str(Path(options.extractor).resolve())
+    options.out = Path(options.out).resolve()
+    data_root = options.data_root or os.environ.get("DATA_ROOT")
+    extractor = options.extractor or os.environ.get("EXTRACTOR")
+    if data_root:
+        os.environ["DATA_ROOT"] = str(Path(data_root).resolve())
+    if extractor:
+        named = extractor in ("inception", "demo")
+        os.environ["EXTRACTOR"] = extractor if named else str(Path(extractor).resolve())
     options.settings = parse_settings(options.set)
     options.models = list(dict.fromkeys(options.models))
     pick_device(options.device)
@@ -129,8 +135,6 @@ def plan(options: argparse.Namespace) -> tuple[list[Task], list[Task]]:
             preset=options.preset,
             dataset=options.dataset,
             out=options.out,
-            data_root=options.data_root,
-            extractor=options.extractor,
             device="cpu",  # nothing is computed here
             **options.settings,
         )
@@ -149,9 +153,7 @@ def _run_task(options: argparse.Namespace, model: str, seed: int) -> Task:
         "preset": options.preset,
         "dataset": options.dataset,
         "seed": seed,
-        "data_root": str(options.data_root),
-        "extractor": options.extractor,
-        "out": str(folder),
+        "out": _portable(folder),
         "device": options.device,
         "settings": options.settings,
     }
@@ -163,14 +165,17 @@ def _run_task(options: argparse.Namespace, model: str, seed: int) -> Task:
 def _compare_task(options: argparse.Namespace) -> Task:
     config = make_config(options.models[0], options.preset, **options.settings)
     parameters = {
-        "results": str(options.out),
+        "results": _portable(options.out),
         "dataset": options.dataset,
         "image_size": config.image_size,
-        "data_root": str(options.data_root),
-        "extractor": options.extractor,
-        "out": str(options.out),
+        "out": _portable(options.out),
     }
     return Task("comparison", COMPARE, options.out / COMPARE.name, parameters)
+
+
+def _portable(path: Path) -> str:
+    """Relative to the repository, in which the notebooks run, where the path lies in it."""
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 def _check_parameters(task: Task) -> None:
@@ -235,10 +240,9 @@ class Runner:
 
     def _attempt(self, task: Task, partial: Path) -> str | None:
         request = {
-            "input_path": str(task.source),
-            "output_path": str(partial),
+            "input_path": _portable(task.source),
+            "output_path": _portable(partial),
             "parameters": task.parameters,
-            "cwd": str(ROOT),
         }
         with tempfile.TemporaryFile("w+") as log:
             with self.lock:
@@ -247,6 +251,7 @@ class Runner:
                 process = self.processes[task] = subprocess.Popen(
                     [sys.executable, "-c", EXECUTE, json.dumps(request)],
                     env=self.environment,
+                    cwd=ROOT,  # the kernel's folder, too
                     stdout=subprocess.DEVNULL,
                     stderr=log,
                 )

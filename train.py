@@ -7,11 +7,10 @@ Needs torch, numpy and matplotlib alone, so that a bare GPU machine can run it.
 """
 
 import argparse
-import os
 
 from custom_models import MODELS
 from custom_models.config import parse_settings
-from generative_pipeline import GenerativePipeline, run_folder
+from generative_pipeline import GenerativePipeline
 from utils import LOADERS, InputError, exit_on_bad_input
 
 
@@ -31,7 +30,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data-root", help="folder with the data sets ($DATA_ROOT, else data)")
     parser.add_argument(
         "--extractor",
-        default=os.environ.get("EXTRACTOR", "inception"),
         help="inception, demo or a TorchScript file ($EXTRACTOR, else inception)",
     )
     parser.add_argument(
@@ -56,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
         preset=options.preset,
         dataset=options.dataset,
         seed=options.seed,
-        out=options.out or run_folder("results", options.model, options.preset, options.seed),
+        out=options.out,
         data_root=options.data_root,
         extractor=options.extractor,
         device=options.device,

@@ -200,7 +200,8 @@ def load_dataset(
 ) -> ImageSet:
     """Load one split of a data set.
 
-    name: `bloodmnist`, `pbc` or `demo`. root: the folder with its files ($DATA_ROOT by default).
+    name: `bloodmnist`, `pbc` or `demo`. root: the folder with its files ($DATA_ROOT,
+    else data/ beside this file).
     size: pixels. split: `train`, `val`, `test`, or `held_out` (validation and test together).
     Raises InputError with one sentence for anything missing, broken or foreign.
     """
@@ -212,7 +213,7 @@ def load_dataset(
         return ImageSet(val.name, split, images, labels, val.classes)
     if split not in SPLITS:
         raise InputError(f"unknown split {split!r}; known are {', '.join(SPLITS)}, held_out")
-    root = Path(root or os.environ.get("DATA_ROOT") or "data")
+    root = Path(root or os.environ.get("DATA_ROOT") or Path(__file__).parent / "data")
     label, images, labels, classes = LOADERS[name](root, size, split)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise InputError(

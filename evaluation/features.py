@@ -1,6 +1,7 @@
 """Features of uint8 images from a fixed network, computed once for each set."""
 
 import hashlib
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,14 +51,16 @@ class Inception(torch.nn.Module):
         return self.net(images.float() / 255)[0].flatten(1)
 
 
-def load_extractor(spec: str | Path, device: torch.device | str = "cpu") -> Extractor:
+def load_extractor(spec: str | Path | None = None, device: torch.device | str = "cpu") -> Extractor:
     """Load a feature extractor in evaluation mode and try it on a few random images.
 
     spec: "inception" (pytorch-fid's Inception-v3 of Heusel et al. 2017, 2048-d), "demo" (64-d,
-    comes with the project) or a TorchScript file that maps uint8 [N, 3, H, W] to float32 [N, D].
+    comes with the project) or a TorchScript file that maps uint8 [N, 3, H, W] to float32 [N, D];
+    None: $EXTRACTOR, else "inception".
     Raises InputError for a missing, broken or foreign file and for output of another form.
     """
     device = torch.device(device)
+    spec = spec or os.environ.get("EXTRACTOR") or "inception"
     path = Path(spec)
     if spec == "inception":
         path = _inception_file()

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import matplotlib
+import matplotlib.image
 import torch
 from matplotlib.figure import Figure
 
@@ -93,6 +94,33 @@ def _side_by_side(
     return figure
 
 
+def class_examples(data: ImageSet) -> Figure:
+    """The first images of each class."""
+    rows = -(-len(data.classes) // 4)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8, 1.3 * rows), layout="constrained")
+        axes = figure.subplots(rows, 4, squeeze=False).flatten()
+        for axis in axes:
+            axis.axis("off")
+        for label, (name, axis) in enumerate(zip(data.classes, axes)):
+            images = data.images[data.labels == label][:PER_CLASS]
+            axis.imshow(make_grid(images, columns=4), interpolation="nearest")
+            axis.set_title(name, fontsize=9)
+    return figure
+
+
+def progress_grids(folder: str | Path) -> Figure:
+    """The grids that a training left in its progress folder, side by side."""
+    paths = sorted(Path(folder).glob("*.png"))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(2.6 * len(paths), 2.9), layout="constrained")
+        for path, axis in zip(paths, figure.subplots(1, len(paths), squeeze=False)[0]):
+            axis.imshow(matplotlib.image.imread(path))
+            axis.set_title(f"{int(path.stem)} % of the training", fontsize=9)
+            axis.axis("off")
+    return figure
+
+
 def loss_curves(history: list[dict]) -> Figure:
     """What was logged, by epoch: one panel for each kind of quantity."""
     epochs = [row["epoch"] for row in history]
@@ -105,7 +133,9 @@ def loss_curves(history: list[dict]) -> Figure:
         for axis, group in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups):
             for name in group:
                 points = [(row["epoch"], row[name]) for row in history if name in row]
-                axis.plot(*zip(*points), label=name.replace("_", " "), linewidth=1.2)
+                marker = "o" if len(points) == 1 else None
+                label = name.replace("_", " ")
+                axis.plot(*zip(*points), label=label, linewidth=1.2, marker=marker)
             axis.set_xlabel("epoch")
             axis.set_xlim(min(epochs), max(max(epochs), min(epochs) + 1))
             axis.legend(fontsize=7)

@@ -9,7 +9,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from evaluation.protocol import Protocol
-from utils import InputError, exit_on_bad_input, write_atomically
+from utils import ImageSet, InputError, exit_on_bad_input, find_duplicates, write_atomically
 
 BUDGETS = ("full", "reduced", "quick")
 REDUCED_SEEDS = 3
@@ -92,6 +92,43 @@ def write_table(rows: list[dict], folder: str | Path, stem: str) -> None:
     write_atomically(
         Path(folder) / f"{stem}.md", lambda path: path.write_text(text, encoding="utf-8")
     )
+
+
+def run_table(record: dict) -> str:
+    """One run's numbers beside the floor, and the rules behind them, as Markdown."""
+    metrics = record["metrics"]
+    floor, rules, name = metrics["floor"], metrics["protocol"], metrics["distance_name"]
+    kid, kid_floor = (
+        f"{1000 * m['kid']:.2f} ± {1000 * m['kid_standard_error']:.2f}" for m in (metrics, floor)
+    )
+    return f"""
+| | this run | held-out real cells (floor) |
+|---|---:|---:|
+| {name} | {metrics["frechet_distance"]:.1f} | {floor["frechet_distance"]:.1f} |
+| KID × 1000 | {kid} | {kid_floor} |
+| {name} of the mean image, repeated (ceiling) | {metrics["mean_image_distance"]:.1f} | |
+| mean colour error, of 255 | {metrics["mean_colour_error"]:.2f} | |
+
+{rules["n_fake"]:,} generated images, {rules["label_distribution"]}, against the
+{rules["n_real"]:,} of the {rules["reference_split"]} split of {rules["dataset"]}; features:
+{rules["extractor"]}, {rules["feature_dim"]} dimensions. Budget: **{record["budget"]}**,
+{record["images_seen"]:,} images seen (epochs: {record["config"]["epochs"]}) in
+{record["seconds"] / 60:.1f} minutes on {record["device"]}, seed {record["seed"]}.
+{" ".join(metrics["warnings"])}
+"""
+
+
+def split_table(sets: list[ImageSet]) -> str:
+    """Images of each class in each split, and identical pairs across splits, as Markdown."""
+    first = sets[0]
+    lines = [f"| class | {' | '.join(part.split for part in sets)} |"]
+    lines.append("|---|" + "---:|" * len(sets))
+    for label, name in enumerate(first.classes):
+        counts = [str(int((part.labels == label).sum())) for part in sets]
+        lines.append(f"| {name} | {' | '.join(counts)} |")
+    pairs = len(find_duplicates(sets))
+    lines.append(f"\n{first.name}; {pairs} identical pairs across splits.")
+    return "\n".join(lines)
 
 
 def _read_record(path: Path) -> dict:
