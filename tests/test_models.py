@@ -874,16 +874,15 @@ def test_the_unet_works_at_any_size(size, levels):
 
 
 @pytest.mark.parametrize("size", [28, 30, 32])
-def test_every_pixel_of_an_odd_side_reaches_the_lowest_level(size):
+def test_an_odd_side_is_rounded_up_on_the_way_down(size):
+    """28 → 14 → 7 → 4: at 3 the last row and column would be lost."""
     model = tiny("ddpm", image_size=size, channels=(8, 8, 8, 8)).eval()
     sides = []
     for block in model.unet.down:
         block.register_forward_hook(lambda _m, _i, output: sides.append(output.shape[-1]))
     images, _ = batch(1, size)
-    images.requires_grad_(True)
-    model.unet(images, torch.tensor([3])).pow(2).sum().backward()
+    assert model.unet(images, torch.tensor([3])).shape == images.shape
     assert sides == [size, *(-(-size // 2**level) for level in (1, 2, 3))]
-    assert (images.grad[0].abs().sum(0) > 0).all()
 
 
 def test_the_schedule_is_no_part_of_the_state():
@@ -892,11 +891,11 @@ def test_the_schedule_is_no_part_of_the_state():
 
 
 def test_ddpm_learns_one_batch_by_heart():
-    model = tiny("ddpm", lr=5e-3)
+    model = tiny("ddpm", lr=2e-3, channels=(16, 32), beta_end=0.2)
     optimizers, (images, labels) = model.optimizers(), batch(16)
     torch.manual_seed(0)
     losses = [model.training_step(images, labels, optimizers)["loss"].item() for _ in range(50)]
-    assert sum(losses[-10:]) / 10 < 0.8 * sum(losses[:5]) / 5
+    assert sum(losses[-10:]) / 10 < 0.6 * sum(losses[:5]) / 5
 
 
 def test_the_four_models_share_their_duties():
