@@ -385,7 +385,7 @@ def describe(task: Task) -> str:
     metrics = json.loads(task.record.read_text())["metrics"]
     return (
         f"{metrics['distance_name']} {metrics['frechet_distance']:.1f}, "
-        f"KID × 1000 {1000 * metrics['kid']:.2f}"
+        f"KID {metrics['kid']:.4g}"
     )
 
 

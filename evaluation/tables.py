@@ -99,13 +99,13 @@ def run_table(record: dict) -> str:
     metrics = record["metrics"]
     floor, rules, name = metrics["floor"], metrics["protocol"], metrics["distance_name"]
     kid, kid_floor = (
-        f"{1000 * m['kid']:.2f} ± {1000 * m['kid_standard_error']:.2f}" for m in (metrics, floor)
+        f"{m['kid']:.4g} ± {m['kid_standard_error']:.2g}" for m in (metrics, floor)
     )
     return f"""
 | | this run | held-out real cells (floor) |
 |---|---:|---:|
 | {name} | {metrics["frechet_distance"]:.1f} | {floor["frechet_distance"]:.1f} |
-| KID × 1000 | {kid} | {kid_floor} |
+| KID | {kid} | {kid_floor} |
 | {name} of the mean image, repeated (ceiling) | {metrics["mean_image_distance"]:.1f} | |
 | mean colour error, of 255 | {metrics["mean_colour_error"]:.2f} | |
 
@@ -248,12 +248,12 @@ def _mean_and_sd(name: str, values: list[float]) -> dict:
 def _markdown(rows: list[dict]) -> str:
     first = rows[0]
     lines = [
-        f"| Model | Preset | Seeds | {first['distance_name']} | KID × 1000 |",
+        f"| Model | Preset | Seeds | {first['distance_name']} | KID |",
         "|---|---|---:|---:|---:|",
     ]
     for row in rows:
         seeds = "–" if row["seeds"] is None else row["seeds"]
-        frechet, kid = _cell(row, "frechet", 1, 1), _cell(row, "kid", 1000, 2)
+        frechet, kid = _cell(row, "frechet", ".1f", ".1f"), _cell(row, "kid", ".4g", ".2g")
         if row["note"].startswith("not measured"):
             frechet = kid = row["note"]
         lines.append(f"| {row['model']} | {row['preset'] or '–'} | {seeds} | {frechet} | {kid} |")
@@ -269,14 +269,14 @@ def _markdown(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cell(row: dict, name: str, factor: float, digits: int) -> str:
+def _cell(row: dict, name: str, mean_format: str, sd_format: str) -> str:
     mean, sd = row[f"{name}_mean"], row[f"{name}_sd"]
     if mean is None:
         return "–"
-    text = f"{factor * mean:.{digits}f}"
+    text = f"{mean:{mean_format}}"
     if row["seeds"] is None:
         return text
-    return f"{text} ± –" if sd is None else f"{text} ± {factor * sd:.{digits}f}"
+    return f"{text} ± –" if sd is None else f"{text} ± {sd:{sd_format}}"
 
 
 README_START, README_END = "<!-- results:", "<!-- end of results -->"

@@ -357,13 +357,32 @@ def fuzzed(data_root, tiny_extractor, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "data",
-    [b"\x80\x02K.", b"(lp0\n.", b"\x80\x02}q\x00(0.", b"cos\nsystem\n(S'true'\ntR.", b"PK\x03\x04"],
+    "data", [b"\x80\x02K.", b"(lp0\n.", b"\x80\x02}q\x00(0.", b"\x80\x02\x8a\xff", b"PK\x03\x04"]
 )
-def test_a_foreign_pickle_is_bad_input_and_is_not_run(data, fuzzed, bad_input):
+def test_a_foreign_pickle_is_bad_input(data, fuzzed, bad_input):
     fuzzed.checkpoint_path.write_bytes(data)
     with bad_input(str(fuzzed.checkpoint_path)):
         fuzzed.load_checkpoint()
+
+
+class MakesAFolder:
+    """Unpickling it runs code."""
+
+    def __init__(self, folder: Path):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def test_code_in_a_checkpoint_is_not_run(make, tmp_path, bad_input):
+    pipeline = make()
+    pipeline.save_checkpoint()
+    state = torch.load(pipeline.checkpoint_path, weights_only=True)
+    torch.save({**state, "best": MakesAFolder(tmp_path / "made")}, pipeline.checkpoint_path)
+    with bad_input(str(pipeline.checkpoint_path), "broken"):
+        pipeline.load_checkpoint()
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize(

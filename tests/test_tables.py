@@ -144,7 +144,7 @@ def test_too_few_images_for_a_frechet_distance_leave_kid_alone(tmp_path):
     assert [r["kid_mean"] for r in rows] == [0.0001, 0.04, 0.07]
     write_table(rows, tmp_path, "few")
     text = (tmp_path / "few.md").read_text()
-    assert "| ddpm | best | 1 | – | 40.00 ± – |" in text
+    assert "| ddpm | best | 1 | – | 0.04 ± – |" in text
     assert "Fréchet distance at n = 400 in 2048 dimensions is dominated by sampling error." in text
 
 
@@ -159,11 +159,11 @@ def test_written_files(tmp_path):
     assert second["frechet_sd"] == ""
     assert first["extractor_sha256"] == PROTOCOL["extractor_sha256"]
     lines = (tmp_path / "new" / "table.md").read_text(encoding="utf-8").splitlines()
-    assert lines[0] == "| Model | Preset | Seeds | FID | KID × 1000 |"
+    assert lines[0] == "| Model | Preset | Seeds | FID | KID |"
     assert lines[2:5] == [
-        "| real cells (held out) | – | – | 18.0 | 0.10 |",
-        "| ddpm | best | 2 | 0.5 ± 0.2 | 0.50 ± 0.24 |",
-        "| cvae | best | 1 | 170.0 ± – | 170.00 ± – |",
+        "| real cells (held out) | – | – | 18.0 | 0.0001 |",
+        "| ddpm | best | 2 | 0.5 ± 0.2 | 0.0005 ± 0.00024 |",
+        "| cvae | best | 1 | 170.0 ± – | 0.17 ± – |",
     ]
     assert "5,133 images" in lines[6] and "11,959 of the train split" in lines[6]
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["table.csv", "table.md"]
@@ -178,7 +178,7 @@ def test_header_names_another_extractor_and_notes_stand_in_the_row(tmp_path):
     assert "FD (GoogLeNet-1024)" in text and "FID" not in text
     note = "not measured (2 of 3 seeds)"
     assert f"| ddpm | best | 2 | {note} | {note} |" in text
-    assert "100" not in text.replace("KID × 1000", "")
+    assert "100" not in text
 
 
 def test_an_empty_table_is_refused(tmp_path):

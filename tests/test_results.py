@@ -1,0 +1,73 @@
+"""What stands in results/ and in the README comes from the records, and from nothing else."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from evaluation import features, tables
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results"
+STEMS = {"full": "results", "reduced": "results_reduced"}
+RECORDS = tables.collect(RESULTS / "runs")
+FOLDERS = sorted(path.parent for path in (RESULTS / "runs").rglob("record.json"))
+
+
+def test_there_are_records():
+    assert RECORDS
+
+
+@pytest.mark.parametrize("budget", STEMS)
+def test_tables_are_those_of_the_records(budget, tmp_path):
+    records = tables.split_by_budget(RECORDS)[budget]
+    written = RESULTS / f"{STEMS[budget]}.csv"
+    if not records:
+        assert not written.exists()
+        return
+    rows = tables.results_table(records, records[0]["metrics"]["floor"])
+    tables.write_table(rows, tmp_path, STEMS[budget])
+    for ending in ("csv", "md"):
+        name = f"{STEMS[budget]}.{ending}"
+        assert (RESULTS / name).read_text() == (tmp_path / name).read_text()
+
+
+def test_no_quick_run_is_kept():
+    assert not tables.split_by_budget(RECORDS)["quick"]
+
+
+def test_readme_shows_the_tables(tmp_path):
+    copy = tmp_path / "README.md"
+    copy.write_text((ROOT / "README.md").read_text())
+    tables.update_readme(copy, RESULTS)
+    assert copy.read_text() == (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "folder", FOLDERS, ids=lambda folder: f"{folder.parent.name}-{folder.name}"
+)
+def test_every_run_has_its_pictures(folder):
+    for name in ("samples.png", "losses.png", "samples.npz"):
+        assert (folder / name).stat().st_size > 0
+    assert len(list((folder / "progress").glob("*.png"))) == 4
+
+
+NOTEBOOKS = sorted([*RESULTS.glob("*.ipynb"), *(RESULTS / "runs").rglob("notebook.ipynb")])
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: str(path.relative_to(RESULTS)))
+def test_kept_notebooks_hold_no_paths_of_a_machine(path):
+    notebook = nbformat.read(path, as_version=4)
+    state = notebook.metadata["papermill"]
+    assert state["exception"] is None
+    for name in ("input_path", "output_path"):
+        assert not Path(state[name]).is_absolute()
+    assert str(ROOT) not in path.read_text()
+
+
+def test_demo_extractor_is_that_of_its_record():
+    data = features.DEMO_FILE.read_bytes()
+    record = json.loads(features.DEMO_FILE.with_suffix(".json").read_text())
+    assert hashlib.sha256(data).hexdigest() == record["sha256"]
