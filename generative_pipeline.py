@@ -261,7 +261,8 @@ class GenerativePipeline:
             "seconds": self.seconds,
             "history": self.history,
             "model": self.model.state_dict(),
-            "ema": self.ema.state_dict() if self.ema else None,
+            "ema": self.ema.module.state_dict() if self.ema else None,
+            "ema_updates": self.ema.n_averaged if self.ema else None,
             "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
             "best": self.best,
         }
@@ -295,7 +296,8 @@ class GenerativePipeline:
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
         if self.ema:
-            self.ema.load_state_dict(state["ema"])
+            self.ema.module.load_state_dict(state["ema"])
+            self.ema.n_averaged.copy_(state["ema_updates"])
         self.step, self.seconds = state["step"], state["seconds"]
         self.history, self.best = state["history"], state["best"]
         return True
@@ -320,10 +322,7 @@ class GenerativePipeline:
     # -----------------------------------------------------------------------------------------
 
     def _averaged_model(self) -> torch.nn.Module:
-        """The weights that are sampled during training: their running mean where there is one.
-
-        AveragedModel holds them as `module`; what is saved and loaded is that inner module.
-        """
+        """The weights that are sampled during training: their running mean where there is one."""
         return self.ema.module if self.ema else self.model
 
     def kept_model(self) -> torch.nn.Module:

@@ -313,9 +313,9 @@ def test_a_checkpoint_holds_plain_types_and_plain_keys(make):
     state = torch.load(pipeline.checkpoint_path, weights_only=True)
     assert state.keys() == {
         *("format", "identity", "step", "seconds", "history"),
-        *("model", "ema", "optimizers", "best"),
+        *("model", "ema", "ema_updates", "optimizers", "best"),
     }
-    for weights in (state["model"], state["best"]["state"]):
+    for weights in (state["model"], state["ema"], state["best"]["state"]):
         assert weights.keys() == pipeline.model.state_dict().keys()
         assert not any(key.startswith(("module.", "_orig_mod.")) for key in weights)
     json.dumps(state["identity"])
