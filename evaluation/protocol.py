@@ -66,7 +66,7 @@ def evaluate(
 
     real, fake: uint8 [N, 3, H, W] of one size. Returns plain types: frechet_distance (Heusel et
     al. 2017, eq. 6), kid and kid_standard_error (Bińkowski et al. 2018, sec. 3),
-    mean_image_distance (see `ceiling`), distance_name, protocol, warnings. Raises InputError for
+    mean_image_distance (see below), distance_name, protocol, warnings. Raises InputError for
     anything but uint8 images of one size.
     """
     if real.shape[1:] != fake.shape[1:]:
@@ -110,16 +110,11 @@ def floor(real: torch.Tensor, held_out: torch.Tensor, extractor: Extractor, **fi
     return evaluate(real, held_out, extractor, **fields)
 
 
-def ceiling(real: torch.Tensor, extractor: Extractor) -> float:
-    """Fréchet distance of endless copies of the mean image (rounded to uint8) of `real`.
-
-    real: uint8 [N, 3, H, W]. It is the scale for a generator that has learned little.
-    """
-    features = extract(real, extractor, "real features")
-    return _mean_image_distance(real, gaussian_statistics(features), extractor)
-
-
 def _mean_image_distance(images: torch.Tensor, statistics: Statistics, extractor) -> float:
+    """Fréchet distance of endless copies of the images' mean, rounded to uint8.
+
+    It is the ceiling: what a generator gets that has learned the average colours alone.
+    """
     total = torch.zeros(images.shape[1:], dtype=torch.float64, device=images.device)
     for part in images.split(1024):  # sum() copies to int64, eight times as large
         total += part.sum(0)

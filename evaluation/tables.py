@@ -98,9 +98,7 @@ def run_table(record: dict) -> str:
     """One run's numbers beside the floor, and the rules behind them, as Markdown."""
     metrics = record["metrics"]
     floor, rules, name = metrics["floor"], metrics["protocol"], metrics["distance_name"]
-    kid, kid_floor = (
-        f"{m['kid']:.4g} ± {m['kid_standard_error']:.2g}" for m in (metrics, floor)
-    )
+    kid, kid_floor = (f"{m['kid']:.4g} ± {m['kid_standard_error']:.2g}" for m in (metrics, floor))
     return f"""
 | | this run | held-out real cells (floor) |
 |---|---:|---:|
