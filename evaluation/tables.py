@@ -292,7 +292,10 @@ def update_readme(readme: str | Path, folder: str | Path) -> None:
         raise InputError(f"{readme} lacks the marks {README_START!r} and {README_END!r}")
     if not (folder / "results.md").is_file():
         raise InputError(f"{folder / 'results.md'} does not exist; run compare_models first")
-    parts = [start + mark.splitlines()[0], (folder / "results.md").read_text(encoding="utf-8")]
+    parts = [
+        start + mark.splitlines()[0] + "\n",
+        (folder / "results.md").read_text(encoding="utf-8"),
+    ]
     if (folder / "results_reduced.md").is_file():
         parts.append("Runs at a reduced budget, which never share a table with full ones:\n")
         parts.append((folder / "results_reduced.md").read_text(encoding="utf-8"))
