@@ -114,8 +114,8 @@ def pick_device(name: str = "auto") -> torch.device:
 def keep_freed_memory() -> None:
     """Let glibc reuse large freed blocks instead of returning them to the kernel.
 
-    PyTorch's CPU tensors come from malloc, which maps and unmaps every large block anew; the page
-    faults cost up to half of a convolution's time. Has no effect without glibc.
+    PyTorch's CPU tensors come from malloc, which maps and unmaps every large block anew, and each
+    time the kernel must find its pages. Has no effect without glibc.
     """
     m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # malloc.h
     with contextlib.suppress(OSError, AttributeError):

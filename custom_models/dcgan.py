@@ -38,8 +38,7 @@ class Config(ModelConfig):
 
 PRESETS = {
     "baseline": Config(),
-    # At three to one D(x) and D(G(z)) both settle at 1/2 within the first epochs: the discriminator
-    # only guesses. One to one keeps it ahead.
+    # Our variant of the published setting: one generator update to one of the discriminator.
     "balanced": replace(Config(), generator_steps=1),
     "quick": replace(
         Config(),
