@@ -383,10 +383,7 @@ def _quarters(task: Task) -> int:
 def describe(task: Task) -> str:
     """The run's numbers in one line."""
     metrics = json.loads(task.record.read_text())["metrics"]
-    return (
-        f"{metrics['distance_name']} {metrics['frechet_distance']:.1f}, "
-        f"KID {metrics['kid']:.4g}"
-    )
+    return f"{metrics['distance_name']} {metrics['frechet_distance']:.1f}, KID {metrics['kid']:.4g}"
 
 
 def _print_files(options: argparse.Namespace, comparison: Task) -> None:

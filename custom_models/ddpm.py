@@ -72,7 +72,7 @@ def sinusoidal_embedding(timesteps: Tensor, dim: int) -> Tensor:
 class Block(nn.Module):
     """Two 3×3 convolutions, the time embedding added between them.
 
-    No normalisation: it would take away the mean of a noisy image, in which the colour lies.
+    No normalisation, as published; without residual paths a group norm spoils the colours.
     """
 
     def __init__(self, inputs: int, outputs: int, time_dim: int):
