@@ -12,12 +12,13 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo suite benchmark test clean
+.PHONY: help demo suite fid benchmark test clean
 
 help:
 	@echo "make demo       four models, two seeds (SEEDS=), drawn cells -> results/demo"
 	@echo "make suite      four models, five seeds (SEEDS=), BloodMNIST -> results"
 	@echo "                narrow it with MODELS=\"cvae dcgan\" PRESET= EXTRACTOR= DATA_ROOT= JOBS="
+	@echo "make fid        measure the kept weights of all runs anew with Inception-v3 -> results/fid"
 	@echo "make benchmark  speed of training, sampling and evaluation -> results/benchmarks"
 	@echo "make test       all tests"
 	@echo "make clean      remove results/demo and caches, not .venv and not other results"
@@ -34,6 +35,10 @@ suite: $(INSTALLED)
 	$(RUN) run_suite.py --models $(MODELS) --preset $(PRESET) --seeds $(SEEDS) \
 		--dataset bloodmnist --data-root "$(DATA_ROOT)" --extractor "$(EXTRACTOR)" \
 		--out results --jobs $(JOBS)
+
+fid: $(INSTALLED)
+	$(RUN) run_suite.py --remeasure results --dataset bloodmnist --data-root "$(DATA_ROOT)" \
+		--extractor inception --out results/fid
 
 benchmark: $(INSTALLED)
 	PYTHONPATH=. $(RUN) tests/benchmark.py

@@ -5,8 +5,10 @@
     images = pipeline.sample(labels)      # uint8 [N, C, S, S]
     record = pipeline.evaluate()          # measures, draws the figures, writes record.json
 
-A run lives in one folder: checkpoint.pt, progress/ (the same noise at 25, 50, 75 and 100 % of the
-training), samples.png, samples.npz, losses.png and record.json.
+A run lives in one folder: checkpoint.pt (the whole state, to go on from), weights.pt (what is kept
+of a finished training, small enough to be shared), progress/ (the same noise at 25, 50, 75 and
+100 % of the training), record.json, samples.npz, and pictures: samples, losses, suspicious_pairs
+and, where there are images enough, frechet_infinity.
 """
 
 import contextlib
@@ -26,7 +28,9 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 from custom_models import MODELS, make_config
-from evaluation import features, figures, kid, protocol
+from evaluation import features, figures, judge, kid, protocol
+from evaluation.copies import Suspects
+from evaluation.neighbours import k_nearest
 from utils import (
     InputError,
     class_balanced_labels,
@@ -44,11 +48,12 @@ from utils import (
     write_atomically,
 )
 
-# Part of every run's key. Raise it with any change that alters what a training or a measurement
-# gives; finished runs of other versions are then run again.
+# Part of every run's identity. Raise it with any change that alters what a training gives;
+# finished runs of other versions are then run again.
 CODE_VERSION = 1
 RESULTS = Path(__file__).resolve().parent / "results"
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
+WEIGHTS_FORMAT = 1
 SAVED_SAMPLES = 64
 SAMPLE_BATCH = 128  # fixed, so that a seed gives the same images everywhere
 
@@ -89,7 +94,7 @@ class GenerativePipeline:
         compile: bool = False,
         **settings,
     ):
-        self.name, self.preset, self.seed = model, preset, seed
+        self.name, self.preset, self.dataset, self.seed = model, preset, dataset, seed
         self.config = make_config(model, preset, **settings)
         self.out = Path(out or run_folder(RESULTS, model, preset, seed))
         self.device = pick_device(device)
@@ -123,6 +128,7 @@ class GenerativePipeline:
         self.optimizers = self.model.optimizers()
         self.ema = self._make_ema() if self.config.ema_decay else None
         self.step, self.seconds, self.history, self.best = 0, 0.0, [], None
+        self.training = None  # how it was trained; known once it is over
         if compile:
             for network in self.model.children():
                 network.compile()  # in place: the keys of the state stay plain
@@ -144,12 +150,13 @@ class GenerativePipeline:
     def train(self) -> None:
         """Train to the config's number of epochs, from the last checkpoint if there is one.
 
-        Data order and noise are functions of (seed, step), so that a resumed training equals an
-        uninterrupted one. Raises InputError if the loss stops being finite.
+        A finished training, whose weights were kept, is loaded. Data order and noise are functions
+        of (seed, step), so that a resumed training equals an uninterrupted one. Raises InputError
+        if the loss stops being finite.
         """
-        self.load_checkpoint()
-        if self.step >= self.total_steps:
+        if self.load_weights():
             return
+        self.load_checkpoint()
         writer = self._tensorboard()
         last_saved = time.monotonic()
         epochs = range(self.step // self.steps_per_epoch, self.config.epochs)
@@ -165,12 +172,15 @@ class GenerativePipeline:
                         writer.add_scalar(name, value, self.step)
                 self._validate(epoch)
                 self._save_progress_grid(epoch)
-                done = self.step == self.total_steps
-                if done or time.monotonic() - last_saved >= self.checkpoint_seconds:
+                if self.step == self.total_steps:
+                    self.training = self._describe_training()
+                    self.save_checkpoint()
+                elif time.monotonic() - last_saved >= self.checkpoint_seconds:
                     self.save_checkpoint()
                     last_saved = time.monotonic()
         if writer:
             writer.close()
+        self.save_weights()
 
     def _train_epoch(self, epoch: int) -> dict[str, float]:
         """One pass over the shuffled training images; returns the mean of what is logged."""
@@ -265,14 +275,60 @@ class GenerativePipeline:
             "ema_updates": self.ema.n_averaged if self.ema else None,
             "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
             "best": self.best,
+            "training": self.training,
         }
         write_atomically(self.checkpoint_path, lambda path: torch.save(state, path))
 
     def load_checkpoint(self) -> bool:
         """Take up the state of the run's checkpoint; False where there is none."""
-        path = self.checkpoint_path
-        if not path.exists():
+        state = self._read_state(self.checkpoint_path, CHECKPOINT_FORMAT)
+        if state is None:
             return False
+        self.model.load_state_dict(state["model"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        if self.ema:
+            self.ema.module.load_state_dict(state["ema"])
+            self.ema.n_averaged.copy_(state["ema_updates"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.history, self.best = state["history"], state["best"]
+        self.training = state["training"]
+        return True
+
+    @property
+    def weights_path(self) -> Path:
+        return self.out / "weights.pt"
+
+    def save_weights(self) -> None:
+        """Write what is kept of a finished training: weights in float16, history, machine."""
+        state = {
+            "format": WEIGHTS_FORMAT,
+            "identity": self._identity(),
+            "training": self.training,
+            "history": self.history,
+            "state": self._kept_state(),
+        }
+        write_atomically(self.weights_path, lambda path: torch.save(state, path))
+
+    def load_weights(self) -> bool:
+        """Take up the kept weights of the finished training; False where there are none.
+
+        The checkpoint, where it is still there, is loaded as well, for the raw weights.
+        """
+        state = self._read_state(self.weights_path, WEIGHTS_FORMAT)
+        if state is None:
+            return False
+        if not self.load_checkpoint():
+            for model in (self.model, self._averaged_model()):
+                model.load_state_dict(state["state"])
+            self.step, self.history = self.total_steps, state["history"]
+        self.training = state["training"]
+        return True
+
+    def _read_state(self, path: Path, file_format: int) -> dict | None:
+        """A checkpoint's or weight file's content if it is this very run's; None without a file."""
+        if not path.exists():
+            return None
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
         except Exception:  # a damaged file raises nearly anything
@@ -281,7 +337,7 @@ class GenerativePipeline:
             ) from None
         own = self._identity()
         stored = state.get("identity") if isinstance(state, dict) else None
-        if not isinstance(stored, dict) or state.get("format") != CHECKPOINT_FORMAT:
+        if not isinstance(stored, dict) or state.get("format") != file_format:
             raise InputError(f"{path} is not a checkpoint of this suite; delete it to start anew")
         differing = [
             f"{name} ({stored.get(name)!r} there, {own.get(name)!r} here)"
@@ -292,15 +348,7 @@ class GenerativePipeline:
             raise InputError(
                 f"{path} is of another run: {', '.join(differing)}; choose another folder"
             )
-        self.model.load_state_dict(state["model"])
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
-        if self.ema:
-            self.ema.module.load_state_dict(state["ema"])
-            self.ema.n_averaged.copy_(state["ema_updates"])
-        self.step, self.seconds = state["step"], state["seconds"]
-        self.history, self.best = state["history"], state["best"]
-        return True
+        return state
 
     def _identity(self) -> dict:
         """What must be the same for a checkpoint to be this run's: flat, plain types."""
@@ -325,11 +373,18 @@ class GenerativePipeline:
         """The weights that are sampled during training: their running mean where there is one."""
         return self.ema.module if self.ema else self.model
 
+    def _kept_state(self) -> dict[str, torch.Tensor]:
+        """The best step's weights where validation chose one, else the last ones, in float16."""
+        state = self.best["state"] if self.best else self._averaged_model().state_dict()
+        return {
+            name: value.half() if value.is_floating_point() else value.clone()
+            for name, value in state.items()
+        }
+
     def kept_model(self) -> torch.nn.Module:
-        """The trained model: the best step's weights where validation chose one, else the last."""
+        """The trained model, from the very weights that are kept on the disk."""
         model = copy.deepcopy(self._averaged_model())
-        if self.best:
-            model.load_state_dict(self.best["state"])
+        model.load_state_dict(self._kept_state())
         return model.eval()
 
     def sample(
@@ -370,11 +425,20 @@ class GenerativePipeline:
         """The feature extractor, loaded once."""
         if self._extractor is None:
             self._extractor = features.load_extractor(self.extractor_name, self.device)
+        if self._extractor.distance_name == "FD (domain)":
+            raise InputError(
+                "the domain extractor knows the train split, which is the reference here; it is "
+                "used besides, against the test split: give another extractor"
+            )
         return self._extractor
 
     def run_key(self) -> str:
-        """Hash of config, data, extractor and code version: equal keys, equal results."""
-        content = {**self._identity(), "extractor_sha256": self.extractor().sha256}
+        """Hash of config, data, extractor and code versions: equal keys, equal results."""
+        content = {
+            **self._identity(),
+            "extractor_sha256": self.extractor().sha256,
+            "metrics_version": protocol.METRICS_VERSION,
+        }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def finished_record(self) -> dict | None:
@@ -397,30 +461,30 @@ class GenerativePipeline:
         record = self.finished_record()
         if record:
             return record
-        if self.step < self.total_steps:
+        if self.training is None:
             raise InputError(f"{self.out} is trained to step {self.step} of {self.total_steps}")
-        held_out, train = self.sets["held_out"], self.sets["train"]
+        held_out = self.sets["held_out"]
         start = time.monotonic()
         fakes = self.sample(held_out.labels)
         sampling_seconds = time.monotonic() - start
-        extractor = self.extractor()
-        fields = {"dataset": train.name, "dataset_sha256": self.dataset_sha256}
-        metrics = protocol.evaluate(train.images, fakes, extractor, **fields)
-        metrics["floor"] = protocol.floor(train.images, held_out.images, extractor, **fields)
-        colours = [part.double().mean((0, 2, 3)) for part in (fakes, train.images)]
-        metrics["mean_colour_error"] = (colours[0] - colours[1]).abs().mean().item()
-        self._save_samples(fakes)
+        labels = held_out.labels if self.model.conditional else None
+        metrics, suspects = judge.judge(fakes, labels, self.sets, self.extractor())
+        self._save_pictures(fakes, metrics, suspects)
         record = self._record(metrics, sampling_seconds)
         text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
         write_atomically(self.record_path, lambda path: path.write_text(text))
         return record
 
-    def _save_samples(self, fakes: torch.Tensor) -> None:
+    def _save_pictures(self, fakes: torch.Tensor, metrics: dict, suspects: Suspects) -> None:
         """Grids and curves as pictures, and the first images for the comparison of models."""
         held_out, title = self.sets["held_out"], f"{self.name} {self.preset}"
         grid = figures.real_and_generated(held_out, fakes, self.model.conditional, title)
         figures.save(grid, self.out / "samples.png")
         figures.save(figures.loss_curves(self.history), self.out / "losses.png")
+        figures.save(figures.suspicious_pairs(suspects), self.out / "suspicious_pairs.png")
+        if metrics["frechet_infinity"]:
+            fit = figures.frechet_infinity_fit(metrics["frechet_infinity"])
+            figures.save(fit, self.out / "frechet_infinity.png")
         first = {
             "images": fakes[:SAVED_SAMPLES].numpy(),
             "labels": held_out.labels[:SAVED_SAMPLES].numpy(),
@@ -435,10 +499,10 @@ class GenerativePipeline:
     def nearest_training_images(self, images: torch.Tensor, k: int = 4) -> torch.Tensor:
         """For each image the k nearest training images in feature space, uint8 [N, k, C, S, S]."""
         extractor, train = self.extractor(), self.sets["train"]
-        distances = torch.cdist(
-            features.extract(images, extractor), features.extract(train.images, extractor)
+        _, indices = k_nearest(
+            features.extract(images, extractor), features.extract(train.images, extractor), k
         )
-        return train.images[distances.topk(k, largest=False).indices]
+        return train.images[indices]
 
     def budget(self) -> str:
         """`full`: the preset's own epochs; `reduced`: fewer, or a stand-in; `quick`: for tests."""
@@ -447,16 +511,22 @@ class GenerativePipeline:
         fewer = self.config.epochs < MODELS[self.name].PRESETS[self.preset].epochs
         return "reduced" if fewer or self.preset == "small" else "full"
 
+    def _describe_training(self) -> dict:
+        """What the training took, and on what machine: plain types."""
+        images_seen = self.total_steps * self.config.images_per_step
+        return {
+            "steps": self.total_steps,
+            "images_seen": images_seen,
+            "kept_step": self.best["step"] if self.best else self.total_steps,
+            "seconds": round(self.seconds, 1),
+            "images_per_second": round(images_seen / self.seconds, 1),
+            "precision": "bfloat16" if self.device.type == "cuda" else "float32",
+            **describe_machine(self.device),
+        }
+
     def _record(self, metrics: dict, sampling_seconds: float) -> dict:
         train, held_out = self.sets["train"], self.sets["held_out"]
         duplicates = find_duplicates([self.sets[split] for split in ("train", "val", "test")])
-        images_seen = self.total_steps * self.config.images_per_step
-        cuda = self.device.type == "cuda"
-        peak = (
-            torch.cuda.max_memory_allocated() / 2**20
-            if cuda
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-        )
         return {
             "key": self.run_key(),
             "model": self.name,
@@ -465,6 +535,7 @@ class GenerativePipeline:
             "seed": self.seed,
             "config": dataclasses.asdict(self.config),
             "dataset": {
+                "source": self.dataset,
                 "name": train.name,
                 "split": train.split,
                 "n": len(train),
@@ -472,24 +543,12 @@ class GenerativePipeline:
                 "duplicates_across_splits": len(duplicates),
             },
             "parameters": sum(p.numel() for p in self.model.parameters()),
-            "steps": self.total_steps,
-            "images_seen": images_seen,
-            "kept_step": self.best["step"] if self.best else self.total_steps,
-            "seconds": round(self.seconds, 1),
-            "images_per_second": round(images_seen / self.seconds, 1),
-            "sampling_seconds": round(sampling_seconds, 1),
-            "sampled_images": len(held_out),
-            "device": describe_device(self.device),
-            "threads": torch.get_num_threads(),
-            "precision": "bfloat16" if cuda else "float32",
-            "peak_memory_mib": round(peak),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "numpy": np.__version__,
-                "code": CODE_VERSION,
+            **self.training,
+            "measured": {
+                "sampling_seconds": round(sampling_seconds, 1),
+                "sampled_images": len(held_out),
+                **describe_machine(self.device),
             },
-            "git_commit": _git_commit(),
             "metrics": metrics,
             "history": self.history,
         }
@@ -507,6 +566,27 @@ def _deterministic_on(device: torch.device):
     finally:
         torch.use_deterministic_algorithms(before)
         torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def describe_machine(device: torch.device) -> dict:
+    """Device, threads, memory, versions and commit of this process: plain types."""
+    peak = (
+        torch.cuda.max_memory_allocated() / 2**20
+        if device.type == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    )
+    return {
+        "device": describe_device(device),
+        "threads": torch.get_num_threads(),
+        "peak_memory_mib": round(peak),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "numpy": np.__version__,
+            "code": CODE_VERSION,
+        },
+        "git_commit": _git_commit(),
+    }
 
 
 def describe_device(device: torch.device) -> str:

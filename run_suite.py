@@ -1,6 +1,7 @@
 """Run the model notebooks over several seeds, one process each, then compare the models.
 
     python run_suite.py --models cvae dcgan --preset baseline --seeds 5 --data-root DATA
+    python run_suite.py --remeasure results --extractor inception --out results/fid
 
 A finished run is skipped, an interrupted one goes on where its last checkpoint stands, a failed
 one is named at the end with its cause while the others go on. Exit code 0: all runs are there;
@@ -8,8 +9,10 @@ one is named at the end with its cause while the others go on. Exit code 0: all 
 """
 
 import argparse
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,9 +31,9 @@ from tqdm import tqdm
 
 from custom_models import MODELS, make_config
 from custom_models.config import parse_settings
+from evaluation.tables import collect
 from generative_pipeline import GenerativePipeline, run_folder
-from train import OneSentenceParser
-from utils import LOADERS, InputError, exit_on_bad_input, pick_device
+from utils import LOADERS, InputError, OneSentenceParser, exit_on_bad_input, pick_device
 
 ROOT = Path(__file__).resolve().parent
 COMPARE = ROOT / "notebooks" / "compare_models.ipynb"
@@ -83,6 +86,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="change one setting of every model's config; may be given again",
     )
     parser.add_argument("--out", default="results", help="folder of the results (results)")
+    parser.add_argument(
+        "--remeasure",
+        metavar="RESULTS",
+        help="train nothing: measure the kept weights of every run in RESULTS anew, into --out",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (auto)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (1)")
     return parser.parse_args(arguments)
@@ -107,7 +115,7 @@ def check(options: argparse.Namespace) -> None:
     if data_root:
         os.environ["DATA_ROOT"] = str(Path(data_root).resolve())
     if extractor:
-        named = extractor in ("inception", "demo")
+        named = extractor in ("inception", "demo", "domain")
         os.environ["EXTRACTOR"] = extractor if named else str(Path(extractor).resolve())
     options.settings = parse_settings(options.set)
     options.models = list(dict.fromkeys(options.models))
@@ -199,6 +207,59 @@ def _is_whole(path: Path) -> bool:
         return False
     state = notebook.metadata.get("papermill", {})
     return state.get("exception") is None and state.get("end_time") is not None
+
+
+# ---------------------------------------------------------------------------------------------
+# Measuring kept weights anew
+# ---------------------------------------------------------------------------------------------
+
+
+def remeasure(options: argparse.Namespace) -> dict[str, str]:
+    """Measure every run's kept weights with the extractor that was asked for.
+
+    Returns the causes of those that failed, by the run's name.
+    """
+    source = Path(options.remeasure).resolve()
+    if source == options.out:
+        raise InputError("--remeasure would overwrite its own records; choose another --out")
+    records = collect(source / "runs")
+    if not records:
+        raise InputError(f"{source / 'runs'} holds no record; train a model first")
+    failures = {}
+    for record in records:
+        name = f"{record['model']} {record['preset']} seed {record['seed']}"
+        try:
+            print(f"{name}: {_remeasure_run(record, source, options)}", flush=True)
+        except InputError as error:
+            failures[name] = str(error)
+    return failures
+
+
+def _remeasure_run(record: dict, source: Path, options: argparse.Namespace) -> str:
+    run = record["model"], record["preset"], record["seed"]
+    weights = run_folder(source, *run) / "weights.pt"
+    if not weights.is_file():
+        raise InputError(f"{weights} was not kept; train this run again")
+    preset = dataclasses.asdict(make_config(*run[:2]))
+    settings = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in record["config"].items()
+        if name not in ("n_classes", "image_channels")  # the data's
+    }
+    pipeline = GenerativePipeline(
+        run[0],
+        preset=run[1],
+        seed=run[2],
+        dataset=record["dataset"]["source"],
+        out=run_folder(options.out, *run),
+        device=options.device,
+        **{name: value for name, value in settings.items() if value != preset[name]},
+    )
+    pipeline.out.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(weights, pipeline.weights_path)
+    pipeline.train()  # loads the weights
+    pipeline.evaluate()
+    return describe(pipeline.record_path)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -361,7 +422,7 @@ def run_all(tasks: list[Task], jobs: int) -> dict[Task, str]:
                 cause = future.result()
                 if cause:
                     failures[task] = cause
-                bar.write(f"{task.name}: {cause or describe(task)}", file=sys.stdout)
+                bar.write(f"{task.name}: {cause or describe(task.record)}", file=sys.stdout)
                 sys.stdout.flush()
             running = {task: _quarters(task) for task in list(runner.processes)}
             words = [f"{finished} of {len(tasks)} runs done"]
@@ -380,10 +441,12 @@ def _quarters(task: Task) -> int:
     return min(3, len(list((task.target.parent / "progress").glob("*.png"))))
 
 
-def describe(task: Task) -> str:
-    """The run's numbers in one line."""
-    metrics = json.loads(task.record.read_text())["metrics"]
-    return f"{metrics['distance_name']} {metrics['frechet_distance']:.1f}, KID {metrics['kid']:.4g}"
+def describe(record: Path) -> str:
+    """A run's numbers in one line."""
+    metrics = json.loads(record.read_text())["metrics"]
+    distance = metrics["frechet_distance"]
+    words = f"{metrics['distance_name']} {distance:.1f}, " if distance is not None else ""
+    return f"{words}KID {metrics['kid']:.4g}"
 
 
 def _print_files(options: argparse.Namespace, comparison: Task) -> None:
@@ -413,9 +476,15 @@ def main(arguments: list[str] | None = None) -> int:
     check(options)
     comparison = _compare_task(options)
     _check_parameters(comparison)
+    if options.remeasure:
+        failures = remeasure(options)
+        cause = Runner(jobs=1).execute(comparison)
+        if cause:
+            failures[comparison.name] = cause
+        return _report_failures(failures)
     done, to_do = plan(options)
     for task in done:
-        print(f"{task.name}: {describe(task)} (finished before)")
+        print(f"{task.name}: {describe(task.record)} (finished before)")
     print(
         f"{len(done) + len(to_do)} runs: {len(done)} finished before, {len(to_do)} to do",
         flush=True,
@@ -433,12 +502,18 @@ def main(arguments: list[str] | None = None) -> int:
         if cause:
             failures[comparison] = cause
         _print_files(options, comparison)
-    for task, cause in failures.items():
-        print(f"failed: {task.name}: {cause}", file=sys.stderr)
+    for task in failures:
         failed = task.target.with_name("failed.ipynb")
         if failed.exists():
-            print(f"        see {_short(failed)}", file=sys.stderr)
-    return 1 if failures else 0
+            failures[task] += f" (see {_short(failed)})"
+    return _report_failures({task.name: cause for task, cause in failures.items()})
+
+
+def _report_failures(causes: dict[str, str]) -> int:
+    """Name what failed on stderr; returns the exit code."""
+    for name, cause in causes.items():
+        print(f"failed: {name}: {cause}", file=sys.stderr)
+    return 1 if causes else 0
 
 
 if __name__ == "__main__":

@@ -11,14 +11,7 @@ import argparse
 from custom_models import MODELS
 from custom_models.config import parse_settings
 from generative_pipeline import GenerativePipeline
-from utils import LOADERS, InputError, exit_on_bad_input
-
-
-class OneSentenceParser(argparse.ArgumentParser):
-    """Reports a wrong option as every other bad input: one sentence, exit code 2."""
-
-    def error(self, message: str):
-        raise InputError(f"{message}; see --help")
+from utils import LOADERS, OneSentenceParser, exit_on_bad_input
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

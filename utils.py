@@ -5,6 +5,7 @@ model they are float32 in [-1, 1]; `to_model_range` and `to_uint8` are the only 
 convert.
 """
 
+import argparse
 import contextlib
 import csv
 import ctypes
@@ -51,6 +52,13 @@ def exit_on_bad_input():
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+class OneSentenceParser(argparse.ArgumentParser):
+    """Reports a wrong option as every other bad input: one sentence, exit code 2."""
+
+    def error(self, message: str):
+        raise InputError(f"{message}; see --help")
 
 
 # ---------------------------------------------------------------------------------------------

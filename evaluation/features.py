@@ -11,6 +11,8 @@ import torch
 from utils import InputError, cache_folder, progress, write_atomically
 
 DEMO_FILE = Path(__file__).with_name("demo_extractor.pt")
+DOMAIN_FILE = Path(__file__).with_name("domain_extractor.pt")
+SHIPPED = {"demo": DEMO_FILE, "domain": DOMAIN_FILE}
 INCEPTION_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
     "pt_inception-2015-12-05-6726825d.pth"
@@ -54,9 +56,10 @@ class Inception(torch.nn.Module):
 def load_extractor(spec: str | Path | None = None, device: torch.device | str = "cpu") -> Extractor:
     """Load a feature extractor in evaluation mode and try it on a few random images.
 
-    spec: "inception" (pytorch-fid's Inception-v3 of Heusel et al. 2017, 2048-d), "demo" (64-d,
-    comes with the project) or a TorchScript file that maps uint8 [N, 3, H, W] to float32 [N, D];
-    None: $EXTRACTOR, else "inception".
+    spec: "inception" (pytorch-fid's Inception-v3 of Heusel et al. 2017, 2048-d), "domain" (128-d,
+    trained on real cells of the train split, so its reference is the test split) and "demo" (64-d,
+    on drawn cells), which both come with the project, or a TorchScript file that maps uint8
+    [N, 3, H, W] to float32 [N, D]; None: $EXTRACTOR, else "inception".
     Raises InputError for a missing, broken or foreign file and for output of another form.
     """
     device = torch.device(device)
@@ -66,7 +69,7 @@ def load_extractor(spec: str | Path | None = None, device: torch.device | str = 
         path = _inception_file()
         module = _load_inception().to(device)
     else:
-        path = DEMO_FILE if spec == "demo" else path
+        path = SHIPPED.get(spec, path)
         module = _load_torchscript(path, device)
     module.eval()
     if device.type == "cpu":
@@ -75,8 +78,8 @@ def load_extractor(spec: str | Path | None = None, device: torch.device | str = 
     name, distance_name = path.stem, f"FD ({LABELS.get(path.stem, path.stem)})"
     if spec == "inception":
         name, distance_name = f"inception-{dim}", "FID"
-    elif spec == "demo":
-        name, distance_name = f"demo-{dim}", "FD (demo)"
+    elif spec in SHIPPED:
+        name, distance_name = f"{spec}-{dim}", f"FD ({spec})"
     return Extractor(name, distance_name, _sha256(path), dim, module, device)
 
 
@@ -170,7 +173,7 @@ def _probe(module, path: Path, device: torch.device) -> int:
 def _load_torchscript(path: Path, device: torch.device) -> torch.nn.Module:
     if not path.is_file():
         raise InputError(
-            f"extractor {path} does not exist; give inception, demo or a TorchScript file"
+            f"extractor {path} does not exist; give inception, domain, demo or a TorchScript file"
         )
     try:
         with warnings.catch_warnings():

@@ -4,9 +4,12 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.image
+import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
+from evaluation.copies import Suspects
 from utils import ImageSet, make_grid, write_atomically
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
@@ -156,3 +159,223 @@ def comparison(parts: dict[str, torch.Tensor], rows: int = 6, columns: int = 6) 
         [],
         columns=[columns] * len(blocks),
     )
+
+
+def frechet_infinity_fit(result: dict) -> Figure:
+    """Fréchet distances of ever smaller subsets over 1 / n, and their line to infinitely many.
+
+    result: what `frechet_infinity.frechet_infinity` returned.
+    """
+    inverse = [1 / n for n in result["n_fake"]]
+    value, error = result["value"], result["standard_error"]
+    # A least-squares line runs through the centre of its points.
+    centre = [sum(values) / len(values) for values in (inverse, result["distances"])]
+    slope = (centre[1] - value) / centre[0]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(3.6, 2.6), layout="constrained")
+        axis = figure.subplots()
+        axis.plot([0, max(inverse)], [value, value + slope * max(inverse)], linewidth=1.2)
+        axis.plot(inverse, result["distances"], "o", color=COLOURS[0], label="subsets")
+        axis.errorbar(
+            0,
+            value,
+            error,
+            fmt="s",
+            color=COLOURS[1],
+            capsize=3,
+            label=f"FD∞ = {value:.4g} ± {error:.2g}",
+        )
+        axis.set_xlabel("1 / number of generated images")
+        axis.set_ylabel("Fréchet distance")
+        axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
+        axis.legend(fontsize=7)
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------
+# What mistakes do to a distance: records of evaluation/mistakes.py
+# ---------------------------------------------------------------------------------------------
+
+PLAIN = StrMethodFormatter("{x:,.0f}")  # 1,000, not 10³
+
+
+def mistake_bars(record: dict, examples: dict[str, torch.Tensor] | None = None) -> Figure:
+    """A bar for each row, the floor ± 2 sd of draws as a line and a band, a few cells beside.
+
+    record: with rows, floor and floor_sd; examples: uint8 [k, 3, S, S] for each row's name. The
+    axis is logarithmic where the values span more than a factor of ten.
+    """
+    rows, floor, spread = record["rows"], record["floor"], 2 * record["floor_sd"]
+    shown = len(next(iter(examples.values()))) if examples else 0
+    values = [row["value"] for row in rows]
+    cell, bars, below = 0.42, 3.6, 0.55  # inches: a row, the bars' width, room for the axis
+    width, height = bars + shown * cell, below + len(rows) * cell
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height))
+        low, rest = below / height, 1 - below / height
+        axis = figure.add_axes((shown * cell / width, low, bars / width, rest))
+        axis.barh(range(len(rows)), values, height=0.55, color=COLOURS[0])
+        axis.axvspan(floor - spread, floor + spread, color="black", alpha=0.12, linewidth=0)
+        axis.axvline(floor, color="black", linewidth=1, linestyle="--")
+        if max(values) > 10 * floor:
+            axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter(PLAIN)
+            axis.xaxis.set_minor_locator(NullLocator())
+            axis.set_xlim(floor / 2, max(values) * 2.2)
+        else:
+            axis.set_xlim(0, max(values) * 1.2)
+        for place, value in enumerate(values):
+            axis.annotate(
+                f"{value:,.1f}", (value, place), (6, 0), textcoords="offset points", va="center"
+            )
+        axis.set_ylim(len(rows) - 0.5, -0.5)
+        axis.set_yticks(range(len(rows)), [row["name"] for row in rows])
+        axis.tick_params("y", length=0, pad=4 + 72 * shown * cell)
+        axis.set_xlabel(
+            f"{record['distance_name']}, n = {record['n_fake']:,}; dashed: floor {floor:.1f}"
+        )
+        for place, row in enumerate(rows if examples else []):
+            corner = (0, (below + (len(rows) - 1 - place) * cell) / height)
+            strip = figure.add_axes((*corner, shown * cell / width, cell / height))
+            grid = make_grid(examples[row["name"]], columns=shown, zoom=4)
+            strip.imshow(grid, interpolation="nearest")
+            strip.axis("off")
+    return figure
+
+
+def sample_size(record: dict) -> Figure:
+    """Real cells against real cells at growing n: the Fréchet distance shrinks, KID stays at 0.
+
+    record: of `mistakes.sample_size`.
+    """
+    rows, fit, enough = record["rows"], record["fit"], record["enough"]
+    sizes = np.array([row["n"] for row in rows])
+    few, many = sizes.min() / 1.5, sizes.max() * 1.5
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 3), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for axis, name, spread in ((left, "value", "sd"), (right, "kid", "kid_sd")):
+            means, errors = ([row[key] for row in rows] for key in (name, spread))
+            axis.errorbar(sizes, means, errors, fmt="o", markersize=4, capsize=2, zorder=3)
+            axis.axvspan(few, enough, color="black", alpha=0.1, linewidth=0)
+            axis.set_xscale("log")
+            axis.xaxis.set_major_formatter(PLAIN)
+            axis.set_xlim(few, many)
+            axis.set_xlabel("n, number of real cells taken")
+        line = fit["intercept"] + fit["slope"] / sizes
+        left.plot(sizes, line, "--", color=COLOURS[1], linewidth=1.2)
+        left.annotate(
+            "a + b / n, fitted\nright of the grey",
+            (sizes[1], line[1]),
+            (10, 4),
+            textcoords="offset points",
+            color=COLOURS[1],
+            fontsize=8,
+            va="center",
+        )
+        left.text(few * 1.15, min(row["value"] for row in rows), "n < 1.5 dimensions", fontsize=8)
+        left.set_yscale("log")
+        left.yaxis.set_major_formatter(PLAIN)
+        left.set_ylabel(record["distance_name"])
+        right.axhline(0, color="black", linewidth=1, linestyle="--")
+        right.set_ylabel(f"KID, mean ± sd of {record['draws']} draws")
+    return figure
+
+
+def reference_split(record: dict) -> Figure:
+    """Distances to each split: at the splits' full size on the left, at equal n on the right.
+
+    record: of `mistakes.reference_split`.
+    """
+    splits = list(record["n_real"])
+    titles = ("every cell of the split", f"{record['n_equal']:,} cells of each split")
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 3), layout="constrained")
+        for axis, equal, title in zip(figure.subplots(1, 2, sharey=True), (False, True), titles):
+            for number, subject in enumerate(record["n_fake"]):
+                rows = [
+                    row
+                    for row in record["rows"]
+                    if (row["subject"], row["equal_n"]) == (subject, equal)
+                ]
+                values = [row["value"] for row in rows]
+                axis.plot(values, "os"[number], label=subject, color=COLOURS[number])
+                for place, value in enumerate(values):
+                    axis.annotate(
+                        f"{value:,.1f}",
+                        (place, value),
+                        (0, 7),
+                        textcoords="offset points",
+                        ha="center",
+                        fontsize=8,
+                    )
+            axis.set_xticks(
+                range(len(splits)),
+                [f"{split}\n{row['n_real']:,}" for split, row in zip(splits, rows)],
+            )
+            axis.set_xlim(-0.5, len(splits) - 0.5)
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(PLAIN)
+            axis.margins(y=0.15)
+            axis.set_title(title, fontsize=9)
+        figure.axes[0].set_ylabel(record["distance_name"])
+        figure.axes[1].legend(fontsize=8, loc="center right")
+    return figure
+
+
+def evaluations_and_trainings(record: dict) -> Figure:
+    """Each evaluation of one training, and each training, as a dot; a bar is their mean ± sd.
+
+    record: of `mistakes.evaluations_as_runs`.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.6, 3), layout="constrained")
+        axis = figure.subplots()
+        for place, (kind, spread) in enumerate(record["spreads"].items()):
+            values = [row["value"] for row in record["rows"] if row["kind"] == kind]
+            places = [place - 0.12 + 0.04 * number for number in range(len(values))]
+            axis.plot(places, values, "o", color=COLOURS[place], markersize=5)
+            axis.errorbar(place + 0.2, spread["mean"], spread["sd"], fmt="_k", capsize=4)
+            axis.annotate(
+                f"sd {spread['sd']:.1f}",
+                (place + 0.2, spread["mean"]),
+                (8, 0),
+                textcoords="offset points",
+                va="center",
+            )
+        counts = [sum(row["kind"] == kind for row in record["rows"]) for kind in record["spreads"]]
+        names = [f"{count} {kind}" for count, kind in zip(counts, record["spreads"])]
+        axis.set_xticks(range(len(names)), names)
+        axis.set_xlim(-0.4, len(names) - 0.3)
+        axis.margins(y=0.2)
+        axis.set_ylabel(f"{record['distance_name']}, n = {record['n_fake']:,}")
+        axis.set_title(f"floor at this n: {record['floor']:.1f}", fontsize=9)
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------
+# Copies of training images
+# ---------------------------------------------------------------------------------------------
+
+
+def suspicious_pairs(suspects: Suspects) -> Figure:
+    """Each suspicious image beside the nearest training cell and the nearest held-out one.
+
+    Under each, how far the two cells are, in root mean squared difference (0 … 255), and the ratio.
+    """
+    rows = -(-len(suspects.rows) // 3)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 1.05 * rows + 0.4), layout="constrained")
+        figure.suptitle("each: generated – nearest training cell – nearest held-out cell", size=9)
+        axes = figure.subplots(rows, 3, squeeze=False).flatten()
+        for axis in axes:
+            axis.axis("off")
+        for place, axis in zip(range(len(suspects.rows)), axes):
+            parts = (suspects.images, suspects.train, suspects.held_out)
+            triple = torch.stack([part[place] for part in parts])
+            axis.imshow(make_grid(triple, columns=3, zoom=4), interpolation="nearest")
+            near, far = suspects.train_distances[place], suspects.held_out_distances[place]
+            words = f"{near:.1f} / {far:.1f}" + (f" = {near / far:.2f}" if far else "")
+            axis.text(0.5, -0.03, words, transform=axis.transAxes, ha="center", va="top", size=7)
+    return figure

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from utils import (
     BLOOD_CLASSES,
     draw_demo_cells,
+    progress,
     random_flips_and_turns,
     to_model_range,
     write_atomically,
@@ -56,31 +57,31 @@ def draw(n_per_class: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
 
 
-def train(extractor: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> nn.Module:
-    """Fit the extractor under a linear classifier; returns the classifier."""
-    classifier = nn.Linear(FEATURES, len(BLOOD_CLASSES))
-    parameters = [*extractor.parameters(), *classifier.parameters()]
-    optimizer = torch.optim.AdamW(parameters, weight_decay=1e-2)
-    steps = EPOCHS * -(-len(images) // BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, total_steps=steps)
-    for epoch in range(EPOCHS):
+def train(
+    classifier: nn.Module, images: torch.Tensor, labels: torch.Tensor, epochs: int, peak_rate: float
+) -> None:
+    """Fit a classifier of uint8 [N, 3, S, S] images, which returns logits, in place."""
+    optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=1e-2)
+    steps = epochs * -(-len(images) // BATCH)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_rate, total_steps=steps)
+    for epoch in range(epochs):
         total = 0.0
-        for rows in torch.randperm(len(images)).split(BATCH):
-            logits = classifier(extractor(random_flips_and_turns(images[rows])))
+        batches = torch.randperm(len(images)).split(BATCH)
+        for rows in progress(batches, desc=f"epoch {epoch + 1}/{epochs}"):
+            logits = classifier(random_flips_and_turns(images[rows]))
             loss = F.cross_entropy(logits, labels[rows], label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
             total += loss.item() * len(rows)
-        print(f"epoch {epoch + 1}/{EPOCHS}: loss {total / len(images):.4f}", flush=True)
-    return classifier
+        print(f"epoch {epoch + 1}/{epochs}: loss {total / len(images):.4f}", flush=True)
 
 
-def export(extractor: nn.Module) -> bytes:
-    """The extractor as a TorchScript file that depends on nothing but its weights and code."""
+def export(module: torch.jit.ScriptModule) -> bytes:
+    """A TorchScript file that depends on nothing but the module's weights and code."""
     saved, stripped = io.BytesIO(), io.BytesIO()
-    torch.jit.save(torch.jit.freeze(torch.jit.script(extractor)), saved)
+    torch.jit.save(module, saved)
     with zipfile.ZipFile(saved) as source, zipfile.ZipFile(stripped, "w") as target:
         for name in source.namelist():
             # Debug records hold this machine's paths, which would change the hash elsewhere.
@@ -93,13 +94,14 @@ def main() -> None:
     torch.set_num_threads(1)  # the same sums in the same order on every run
     torch.manual_seed(SEED)
     extractor = DemoExtractor()
-    classifier = train(extractor, *draw(*TRAIN_DRAW))
-    extractor.eval()
+    classifier = nn.Sequential(extractor, nn.Linear(FEATURES, len(BLOOD_CLASSES)))
+    train(classifier, *draw(*TRAIN_DRAW), EPOCHS, PEAK_RATE)
+    classifier.eval()
     images, labels = draw(*TEST_DRAW)
     with torch.no_grad():
-        right = (classifier(extractor(images)).argmax(1) == labels).sum().item()
+        right = (classifier(images).argmax(1) == labels).sum().item()
 
-    data = export(extractor)
+    data = export(torch.jit.freeze(torch.jit.script(extractor)))
     record = {
         "file": "demo_extractor.pt",
         "sha256": hashlib.sha256(data).hexdigest(),

@@ -7,11 +7,20 @@ from dataclasses import asdict, dataclass
 import torch
 
 from evaluation.features import Extractor, extract
-from evaluation.frechet import Statistics, frechet_distance, gaussian_statistics
+from evaluation.frechet import frechet_distance, gaussian_statistics
+from evaluation.frechet_infinity import frechet_infinity, frechet_infinity_possible
 from evaluation.kid import kernel_distance
-from utils import InputError
+from evaluation.prdc import precision_recall_density_coverage
+from evaluation.reference import Reference
+from evaluation.uncertainty import subsampling_interval
+from utils import ImageSet, InputError
 
 HELD_OUT_FREQUENCIES = "held-out (validation + test) frequencies"
+# Raise it when `evaluate` gives more, or other, than before: kept runs are then measured anew.
+METRICS_VERSION = 2
+K = 5
+FLOOR_SIZES = (100, 300, 1000, 2000)
+FLOOR_DRAWS = 3
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,7 @@ class Protocol:
     extractor_sha256: str
     feature_dim: int
     resize: str = "by the extractor"
+    k: int = K
     version: int = 1
 
     def key(self) -> str:
@@ -53,72 +63,143 @@ class Protocol:
 
 
 def evaluate(
-    real: torch.Tensor,
-    fake: torch.Tensor,
+    reference: Reference,
+    images: torch.Tensor,
     extractor: Extractor,
-    *,
-    dataset: str,
-    dataset_sha256: str,
-    reference_split: str = "train",
+    labels: torch.Tensor | None = None,
     label_distribution: str = HELD_OUT_FREQUENCIES,
 ) -> dict:
-    """Fréchet and kernel distance between real and generated images, with their protocol.
+    """All distances between real and generated images, with their protocol.
 
-    real, fake: uint8 [N, 3, H, W] of one size. Returns plain types: frechet_distance (Heusel et
-    al. 2017, eq. 6), kid and kid_standard_error (Bińkowski et al. 2018, sec. 3),
-    mean_image_distance (see below), distance_name, protocol, warnings. Raises InputError for
-    anything but uint8 images of one size.
+    images: uint8 [N, 3, H, W] of the reference's size; labels: int64 [N], the classes that were
+    asked for, None for a generator that can't be asked.
+    Returns plain types: the metrics of `measure`, `ceilings` (`Reference.ceilings`), `per_class`
+    (with labels: the metrics of each class), distance_name, protocol, warnings. A metric that
+    would mean nothing at this number of images is None, and a warning says why. Raises InputError
+    for anything but uint8 images of the reference's size and extractor.
     """
-    if real.shape[1:] != fake.shape[1:]:
+    if images.shape[2:] != (reference.image_size, reference.image_size):
         raise InputError(
-            f"real images {list(real.shape)} and generated ones {list(fake.shape)} differ in "
-            "size; load the data at the generator's size"
+            f"generated images of {' × '.join(map(str, images.shape[2:]))} pixels can't be "
+            f"compared with real ones of {reference.image_size}; draw them at that size"
         )
-    real_features = extract(real, extractor, "real features")
-    fake_features = extract(fake, extractor, "generated features")
+    if extractor.sha256 != reference.extractor_sha256:
+        raise InputError(
+            f"the reference was made with extractor {reference.extractor} (sha256 "
+            f"{reference.extractor_sha256[:8]}), not {extractor.name} ({extractor.sha256[:8]}); "
+            "give that one, or another reference"
+        )
+    fakes = extract(images, extractor, "features of generated images")
     protocol = Protocol(
-        dataset=dataset,
-        dataset_sha256=dataset_sha256,
-        image_size=real.shape[-1],
-        reference_split=reference_split,
-        n_real=len(real),
-        n_fake=len(fake),
+        dataset=reference.dataset,
+        dataset_sha256=reference.dataset_sha256,
+        image_size=reference.image_size,
+        reference_split=reference.split,
+        n_real=len(reference.features),
+        n_fake=len(fakes),
         label_distribution=label_distribution,
         extractor=extractor.name,
         extractor_sha256=extractor.sha256,
         feature_dim=extractor.dim,
     )
-    kid, error = kernel_distance(real_features, fake_features)
-    real_statistics = gaussian_statistics(real_features)
-    return {
-        "frechet_distance": frechet_distance(real_statistics, gaussian_statistics(fake_features)),
-        "kid": kid,
-        "kid_standard_error": error,
-        "mean_image_distance": _mean_image_distance(real, real_statistics, extractor),
+    metrics, warnings = measure(reference.features, fakes)
+    result = metrics | {
+        "ceilings": reference.ceilings,
         "distance_name": extractor.distance_name,
         "protocol": protocol.to_dict(),
-        "warnings": [protocol.frechet_warning] if protocol.frechet_warning else [],
+        "warnings": warnings,
+    }
+    if labels is not None:
+        result["per_class"] = [
+            _one_class(reference, fakes[labels == label], label, name)
+            for label, name in enumerate(reference.classes)
+        ]
+    return result
+
+
+def measure(real: torch.Tensor, fake: torch.Tensor) -> tuple[dict, list[str]]:
+    """Every metric of two sets of features [M, D] and [N, D], and a sentence for each left out.
+
+    frechet_distance (Heusel et al. 2017, eq. 6) with frechet_interval (95 %, within this run);
+    frechet_infinity (Chong and Forsyth 2020); kid and kid_standard_error (Bińkowski et al. 2018,
+    sec. 3); precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al.
+    2020), all four with k = 5.
+    """
+    n, dim = min(len(real), len(fake)), real.shape[1]
+    metrics = dict.fromkeys(
+        (
+            "frechet_distance",
+            "frechet_interval",
+            "frechet_infinity",
+            "kid",
+            "kid_standard_error",
+            "precision",
+            "recall",
+            "density",
+            "coverage",
+        )
+    )
+    warnings = []
+    if n > 1.5 * dim:
+        metrics["frechet_distance"] = _frechet(real, fake)
+        metrics["frechet_interval"] = list(subsampling_interval(_frechet, real, fake))
+    else:
+        warnings.append(
+            f"no Fréchet distance: n = {n} is not above 1.5 times the {dim} dimensions, "
+            "so that it would be mostly sampling error"
+        )
+    if frechet_infinity_possible(len(real), len(fake), dim):
+        metrics["frechet_infinity"] = frechet_infinity(real, fake)
+    else:
+        warnings.append(f"no FD∞: its fit needs {2 * dim} images of each kind, here n = {n}")
+    if n >= 3:
+        metrics["kid"], metrics["kid_standard_error"] = kernel_distance(real, fake)
+    else:
+        warnings.append(f"no KID: it needs three images of each kind, here n = {n}")
+    if n > K:
+        metrics |= precision_recall_density_coverage(real, fake, K)
+    else:
+        warnings.append(f"no precision, recall, density, coverage: n = {n} is not above k = {K}")
+    return metrics, warnings
+
+
+def _frechet(real: torch.Tensor, fake: torch.Tensor) -> float:
+    return frechet_distance(gaussian_statistics(real), gaussian_statistics(fake))
+
+
+def _one_class(reference: Reference, fakes: torch.Tensor, label: int, name: str) -> dict:
+    real = reference.features[reference.labels == label]
+    metrics, warnings = measure(real, fakes)
+    return {"class": name, "n_real": len(real), "n_fake": len(fakes), **metrics} | {
+        "warnings": warnings
     }
 
 
-def floor(real: torch.Tensor, held_out: torch.Tensor, extractor: Extractor, **fields) -> dict:
-    """`evaluate` of held-out real cells as if they were generated: pure sampling error.
+def floors(reference: Reference, held_out: ImageSet, extractor: Extractor) -> tuple[dict, ...]:
+    """What held-out real cells get at several numbers of images, the mean of three draws each.
 
-    real: the train split's images, held_out: as many real ones as are generated; uint8
-    [N, 3, H, W]. fields: as for `evaluate`, and the same ones, so that the protocol is the same.
+    With it a set of any size can be judged by someone who has no real images.
     """
-    return evaluate(real, held_out, extractor, **fields)
+    features = extract(held_out.images, extractor)
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for n in (*(n for n in FLOOR_SIZES if n < len(features)), len(features)):
+        draws = [
+            _floor_at(reference, features[torch.randperm(len(features), generator=generator)[:n]])
+            for _ in range(FLOOR_DRAWS if n < len(features) else 1)
+        ]
+        rows.append({"n": n, **{name: _mean([d[name] for d in draws]) for name in draws[0]}})
+    return tuple(rows)
 
 
-def _mean_image_distance(images: torch.Tensor, statistics: Statistics, extractor) -> float:
-    """Fréchet distance of endless copies of the images' mean, rounded to uint8.
+def _floor_at(reference: Reference, features: torch.Tensor) -> dict:
+    real, enough = reference.features, len(features) > 1.5 * reference.features.shape[1]
+    return {
+        "frechet_distance": _frechet(real, features) if enough else None,
+        "kid": kernel_distance(real, features)[0],
+        **precision_recall_density_coverage(real, features, K),
+    }
 
-    It is the ceiling: what a generator gets that has learned the average colours alone.
-    """
-    total = torch.zeros(images.shape[1:], dtype=torch.float64, device=images.device)
-    for part in images.split(1024):  # sum() copies to int64, eight times as large
-        total += part.sum(0)
-    mean_image = (total / len(images)).round().to(torch.uint8)
-    # Copies have no covariance, and one copy has the features of all.
-    copy = extract(mean_image[None], extractor, "mean image")[0].double()
-    return frechet_distance((copy, torch.zeros_like(statistics[1])), statistics)
+
+def _mean(values: list[float | None]) -> float | None:
+    return None if None in values else sum(values) / len(values)

@@ -6,6 +6,7 @@ import math
 import statistics
 import sys
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 from evaluation.protocol import Protocol
@@ -13,6 +14,7 @@ from utils import ImageSet, InputError, exit_on_bad_input, find_duplicates, writ
 
 BUDGETS = ("full", "reduced", "quick")
 REDUCED_SEEDS = 3
+RECOGNISED = 0.8  # share of a conditional model's samples
 FIELDS = (
     "model",
     "preset",
@@ -25,12 +27,46 @@ FIELDS = (
     "seconds",
     "device",
 )
-METRICS = (
-    "frechet_distance",
-    "kid",
-    "kid_standard_error",
-    "mean_image_distance",
+
+
+@dataclass(frozen=True)
+class Column:
+    """One metric of a table: its name, where it stands in a run's metrics, how it is shown."""
+
+    name: str
+    path: tuple[str, ...]
+    title: str
+    mean_format: str
+    sd_format: str
+
+
+# The first column's title is the distance's own name, which says whose features they are.
+QUALITY = (
+    Column("frechet", ("frechet_distance",), "", ".1f", ".1f"),
+    Column("frechet_infinity", ("frechet_infinity", "value"), "FD∞", ".1f", ".1f"),
+    Column("kid", ("kid",), "KID", ".4g", ".2g"),
+    Column("precision", ("precision",), "Precision", ".3f", ".3f"),
+    Column("recall", ("recall",), "Recall", ".3f", ".3f"),
+    Column("density", ("density",), "Density", ".3f", ".3f"),
+    Column("coverage", ("coverage",), "Coverage", ".3f", ".3f"),
 )
+TRUST = (
+    Column("domain_frechet", ("domain", "frechet_distance"), "FD (domain)", ".2f", ".2f"),
+    Column("agreement", ("agreement", "agreement"), "Class agreement", ".3f", ".3f"),
+    Column("train_share", ("copies", "features", "train_share"), "Nearer to train", ".3f", ".3f"),
+    Column(
+        "train_share_pixels",
+        ("copies", "pixels", "train_share"),
+        "Nearer to train (pixels)",
+        ".3f",
+        ".3f",
+    ),
+    Column("copied_share", ("copies", "pixels", "copied_share"), "Copies", ".2%", ".2%"),
+    Column("authpct", ("copies", "authpct"), "AuthPct", ".1f", ".1f"),
+    Column("ct", ("copies", "ct"), "C_T", ".1f", ".1f"),
+)
+COLUMNS = QUALITY + TRUST
+PER_CLASS = ("kid", "precision", "recall", "agreement")
 
 
 def collect(folder: str | Path) -> list[dict]:
@@ -52,8 +88,9 @@ def results_table(records: list[dict], floor: dict | None = None) -> list[dict]:
 
     records: of one budget and one protocol; floor: what `protocol.floor` returned, the first row.
     The rows are sorted by Fréchet distance, by KID where the images are too few for the former
-    (it is None then). A number that may not be shown is None, and `note` says why. Raises
-    InputError for mixed budgets, protocols or configurations and for a seed that comes twice.
+    (it is None then). A number that may not be shown is None, and `note` says why; one that a run
+    of the row lacks is None, too. Raises InputError for mixed budgets, protocols or configurations
+    and for a seed that comes twice.
     """
     budgets = sorted({record["budget"] for record in records})
     if len(budgets) > 1:
@@ -63,6 +100,7 @@ def results_table(records: list[dict], floor: dict | None = None) -> list[dict]:
         )
     metrics = [record["metrics"] for record in records] + ([floor] if floor else [])
     _check_same_protocol(metrics)
+    _check_same_protocol([m["domain"] for m in metrics if "domain" in m])
 
     groups = defaultdict(list)
     for record in records:
@@ -81,39 +119,129 @@ def write_table(rows: list[dict], folder: str | Path, stem: str) -> None:
     if not rows:
         raise InputError(f"there are no records for the table {stem}; train a model first")
 
+    _write(rows, _markdown(rows), Path(folder) / stem)
+
+
+def _write(rows: list[dict], text: str, stem: Path) -> None:
     def write_csv(path: Path) -> None:
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)
 
-    text = _markdown(rows)
-    write_atomically(Path(folder) / f"{stem}.csv", write_csv)
-    write_atomically(
-        Path(folder) / f"{stem}.md", lambda path: path.write_text(text, encoding="utf-8")
-    )
+    write_atomically(f"{stem}.csv", write_csv)
+    write_atomically(f"{stem}.md", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def per_class_table(records: list[dict]) -> list[dict]:
+    """One row for each conditional model, preset and class: mean and sd over seeds.
+
+    records: as for `results_table`. KID, precision and recall are those of the class against the
+    real cells of that class, with n_real and n_fake; agreement is our own classifier's. Empty
+    where no model is conditional. A number that a run lacks is None.
+    """
+    groups = defaultdict(list)
+    for record in records:
+        for place, row in enumerate(record["metrics"].get("per_class", [])):
+            groups[record["model"], record["preset"], place].append((record, row))
+    rows = []
+    for (model, preset, _), group in groups.items():
+        kind = group[0][1]["class"]
+        path = ("agreement", "per_class", kind, "agreement")
+        values = {
+            **{name: [row[name] for _, row in group] for name in ("kid", "precision", "recall")},
+            "agreement": [_at(record["metrics"], path) for record, _ in group],
+        }
+        counts = {name: group[0][1][name] for name in ("n_real", "n_fake")}
+        means = {}
+        for name, column in values.items():
+            means |= _mean_and_sd(name, column)
+        rows.append(
+            {"model": model, "preset": preset, "class": kind}
+            | {"seeds": len(group), **counts, **means}
+        )
+    return rows
+
+
+def write_per_class_table(rows: list[dict], folder: str | Path, stem: str) -> None:
+    """Write the rows of `per_class_table` as `stem`.csv and `stem`.md into `folder`."""
+    columns = [Column(name, (), name.title(), ".3f", ".3f") for name in PER_CLASS]
+    titles = " | ".join("KID" if c.name == "kid" else c.title for c in columns)
+    lines = [
+        f"| Model | Preset | Class | Seeds | n real | n generated | {titles} |",
+        "|---|---|---|---:|---:|---:|" + "---:|" * len(columns),
+    ]
+    for row in rows:
+        cells = " | ".join(_cell(row, column) for column in columns)
+        lines.append(
+            f"| {row['model']} | {row['preset']} | {row['class']} | {row['seeds']} "
+            f"| {row['n_real']:,} | {row['n_fake']:,} | {cells} |"
+        )
+    _write(rows, "\n".join(lines) + "\n", Path(folder) / stem)
 
 
 def run_table(record: dict) -> str:
-    """One run's numbers beside the floor, and the rules behind them, as Markdown."""
-    metrics = record["metrics"]
-    floor, rules, name = metrics["floor"], metrics["protocol"], metrics["distance_name"]
-    kid, kid_floor = (f"{m['kid']:.4g} ± {m['kid_standard_error']:.2g}" for m in (metrics, floor))
+    """One run's numbers beside the floor and the ceiling, and their rules, as Markdown."""
+    metrics, rules = record["metrics"], record["metrics"]["protocol"]
     return f"""
-| | this run | held-out real cells (floor) |
-|---|---:|---:|
-| {name} | {metrics["frechet_distance"]:.1f} | {floor["frechet_distance"]:.1f} |
-| KID | {kid} | {kid_floor} |
-| {name} of the mean image, repeated (ceiling) | {metrics["mean_image_distance"]:.1f} | |
-| mean colour error, of 255 | {metrics["mean_colour_error"]:.2f} | |
+{metrics_table(metrics)}
 
 {rules["n_fake"]:,} generated images, {rules["label_distribution"]}, against the
 {rules["n_real"]:,} of the {rules["reference_split"]} split of {rules["dataset"]}; features:
 {rules["extractor"]}, {rules["feature_dim"]} dimensions. Budget: **{record["budget"]}**,
 {record["images_seen"]:,} images seen (epochs: {record["config"]["epochs"]}) in
 {record["seconds"] / 60:.1f} minutes on {record["device"]}, seed {record["seed"]}.
-{" ".join(metrics["warnings"])}
 """
+
+
+def metrics_table(metrics: dict) -> str:
+    """All numbers of one set of images, each beside what real cells get, as Markdown.
+
+    metrics: as `judge.judge` returns them.
+    """
+    floor, ceilings = metrics["floor"], metrics["ceilings"]
+    name = metrics["distance_name"]
+    low, high = metrics["frechet_interval"] or (None, None)
+    lines = [
+        "| | these images | held-out real cells (floor) |",
+        "|---|---:|---:|",
+        f"| {name} | {_number(metrics['frechet_distance'], '.1f')} "
+        f"({_number(low, '.1f')} to {_number(high, '.1f')}) "
+        f"| {_number(floor['frechet_distance'], '.1f')} |",
+        f"| KID | {_number(metrics['kid'], '.4g')} "
+        f"± {_number(metrics['kid_standard_error'], '.2g')} | {_number(floor['kid'], '.4g')} |",
+    ]
+    for column in COLUMNS:
+        if column.name in ("frechet", "kid"):
+            continue
+        value, lowest = (_number(_at(m, column.path), column.mean_format) for m in (metrics, floor))
+        if value != "–":
+            lines.append(f"| {column.title} | {value} | {lowest} |")
+    if "mean_colour_error" in metrics:
+        lines.append(f"| mean colour error, of 255 | {metrics['mean_colour_error']:.2f} | |")
+    words = [
+        f"{name} of generators that have learned nothing (ceiling): "
+        + ", ".join(
+            f"{_number(ceilings[kind], '.0f')} for {kind.replace('_', ' ')}" for kind in ceilings
+        )
+        + "."
+    ]
+    if "copies" in metrics:
+        words.append(f"Copies of training cells: {metrics['copies']['verdict']}.")
+    words += [f"{warning}." for warning in metrics["warnings"]]
+    return "\n".join(lines) + "\n\n" + " ".join(words)
+
+
+def _at(metrics: dict, path: tuple[str, ...]) -> float | None:
+    """The value at a path of keys; None where it was not measured."""
+    value = metrics
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else f"{value:{form}}"
 
 
 def split_table(sets: list[ImageSet]) -> str:
@@ -137,7 +265,9 @@ def _read_record(path: Path) -> dict:
             raise InputError(f"{path} lacks {', '.join(missing)}; run it again")
         record["dataset"]["name"], record["metrics"]["distance_name"]
         Protocol(**record["metrics"]["protocol"])
-        numbers = [record["metrics"][name] for name in METRICS]
+        record["metrics"]["ceilings"]["mean_image"]
+        numbers = [_at(record["metrics"], column.path) for column in COLUMNS]
+        numbers = [record["metrics"]["kid"], *(x for x in numbers if x is not None)]
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise InputError(f"{path} is no whole record ({error!r}); remove it and run it again")
     if not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers):
@@ -176,32 +306,34 @@ def _row(model: str, preset: str, dataset: str, group: list[dict]) -> dict:
         )
     metrics = [record["metrics"] for record in group]
     protocol = Protocol(**metrics[0]["protocol"])
-    note = protocol.frechet_warning
-    frechet = [] if note else [m["frechet_distance"] for m in metrics]
-    kid = [m["kid"] for m in metrics]
+    note, shown = protocol.frechet_warning, metrics
     if group[0]["budget"] == "reduced":
-        reason = _reduced_shortfall(frechet, metrics)
+        reason = _reduced_shortfall(metrics)
         if reason:
-            frechet, kid, note = [], [], f"not measured ({reason})"
+            shown, note = [], f"not measured ({reason})"
     return _columns(model, preset, dataset, metrics[0]) | {
         "budget": group[0]["budget"],
         "seeds": len(group),
-        **_mean_and_sd("frechet", frechet),
-        **_mean_and_sd("kid", kid),
+        **_means(shown),
         "images_seen": statistics.mean(record["images_seen"] for record in group),
         "seconds": statistics.mean(record["seconds"] for record in group),
         "note": note,
     }
 
 
-def _reduced_shortfall(frechet: list[float], metrics: list[dict]) -> str:
+def _reduced_shortfall(metrics: list[dict]) -> str:
     """Why a run at a reduced budget may not be shown; empty where it may."""
     if len(metrics) < REDUCED_SEEDS:
         return f"{len(metrics)} of {REDUCED_SEEDS} seeds"
-    if not frechet:
+    distances = [m["frechet_distance"] for m in metrics]
+    if None in distances:
         return "too few images for a Fréchet distance"
-    if statistics.mean(frechet) >= statistics.mean(m["mean_image_distance"] for m in metrics) / 2:
+    half = statistics.mean(m["ceilings"]["mean_image"] for m in metrics) / 2
+    if statistics.mean(distances) >= half:
         return "not below half the mean image's distance"
+    agreements = [m["agreement"]["agreement"] for m in metrics if "agreement" in m]
+    if agreements and statistics.mean(agreements) < RECOGNISED:
+        return "fewer than four in five samples recognised as the class asked for"
     return ""
 
 
@@ -210,8 +342,7 @@ def _floor_row(floor: dict) -> dict:
     return _columns("real cells (held out)", "", protocol.dataset, floor) | {
         "budget": "",
         "seeds": None,
-        **_mean_and_sd("frechet", [] if protocol.frechet_warning else [floor["frechet_distance"]]),
-        **_mean_and_sd("kid", [floor["kid"]]),
+        **_means([floor]),
         "images_seen": None,
         "seconds": None,
         "note": protocol.frechet_warning,
@@ -231,50 +362,82 @@ def _columns(model: str, preset: str, dataset: str, metrics: dict) -> dict:
         "label_distribution": protocol.label_distribution,
         "extractor": protocol.extractor,
         "extractor_sha256": protocol.extractor_sha256,
+        "k": protocol.k,
         "protocol": protocol.key(),
         "distance_name": metrics["distance_name"],
     }
 
 
-def _mean_and_sd(name: str, values: list[float]) -> dict:
+def _means(metrics: list[dict]) -> dict:
+    """Mean and sd of every column; None where a run lacks the metric."""
+    row = {}
+    for column in COLUMNS:
+        row |= _mean_and_sd(column.name, [_at(m, column.path) for m in metrics])
+    return row
+
+
+def _mean_and_sd(name: str, values: list[float | None]) -> dict:
+    whole = values and None not in values
+    several = whole and len(values) > 1
     return {
-        f"{name}_mean": statistics.mean(values) if values else None,
-        f"{name}_sd": statistics.stdev(values) if len(values) > 1 else None,
+        f"{name}_mean": statistics.mean(values) if whole else None,
+        f"{name}_sd": statistics.stdev(values) if several else None,
     }
 
 
 def _markdown(rows: list[dict]) -> str:
     first = rows[0]
-    lines = [
-        f"| Model | Preset | Seeds | {first['distance_name']} | KID |",
-        "|---|---|---:|---:|---:|",
-    ]
-    for row in rows:
-        seeds = "–" if row["seeds"] is None else row["seeds"]
-        frechet, kid = _cell(row, "frechet", ".1f", ".1f"), _cell(row, "kid", ".4g", ".2g")
-        if row["note"].startswith("not measured"):
-            frechet = kid = row["note"]
-        lines.append(f"| {row['model']} | {row['preset'] or '–'} | {seeds} | {frechet} | {kid} |")
     rules = (
         f"{first['dataset']} at {first['image_size']} pixels: {first['n_fake']:,} images with "
         f"{first['label_distribution']} against the {first['n_real']:,} of the "
         f"{first['reference_split']} split; features of {first['extractor']} (sha256 "
-        f"{first['extractor_sha256'][:8]}); mean ± sd over seeds; protocol {first['protocol']}."
+        f"{first['extractor_sha256'][:8]}); k = {first['k']}; mean ± sd over seeds; protocol "
+        f"{first['protocol']}."
     )
-    lines += ["", rules]
+    parts = [_one_table(rows, QUALITY, first["distance_name"]), rules]
+    trust = [c for c in TRUST if any(row[f"{c.name}_mean"] is not None for row in rows)]
+    if trust:
+        parts += ["Other eyes, classes and copies:", _one_table(rows, trust), TRUST_WORDS]
     notes = {row["note"] for row in rows if row["note"]}
-    lines += [f"\n{note}." for note in sorted(notes) if not note.startswith("not measured")]
-    return "\n".join(lines) + "\n"
+    parts += [f"{note}." for note in sorted(notes) if not note.startswith("not measured")]
+    return "\n\n".join(parts) + "\n"
 
 
-def _cell(row: dict, name: str, mean_format: str, sd_format: str) -> str:
-    mean, sd = row[f"{name}_mean"], row[f"{name}_sd"]
+TRUST_WORDS = (
+    "FD (domain): on features of our own cell classifier, 1,712 images with validation frequencies "
+    "against the test split. Class agreement: how often that classifier names the class that was "
+    "asked for. Nearer to train: share of images nearer to a training cell than to a held-out one, "
+    "sets weighed as equally large; 0.5 for a generator that copies nothing. Copies: share of "
+    "images much closer to one training cell than to any others, in pixels, beyond what held-out "
+    "cells lead to expect. AuthPct: share of images not closer to a training cell than its nearest "
+    "neighbour, in %; less than real cells' means copying, or blur. C_T: below zero means copying."
+)
+
+
+def _one_table(rows: list[dict], columns, first_title: str = "") -> str:
+    titles = " | ".join(column.title or first_title for column in columns)
+    lines = [
+        f"| Model | Preset | Seeds | {titles} |",
+        "|---|---|---:|" + "---:|" * len(columns),
+    ]
+    for row in rows:
+        seeds = "–" if row["seeds"] is None else row["seeds"]
+        cells = [_cell(row, column) for column in columns]
+        if row["note"].startswith("not measured"):
+            cells[0] = row["note"]
+        text = " | ".join(cells)
+        lines.append(f"| {row['model']} | {row['preset'] or '–'} | {seeds} | {text} |")
+    return "\n".join(lines)
+
+
+def _cell(row: dict, column: Column) -> str:
+    mean, sd = row[f"{column.name}_mean"], row[f"{column.name}_sd"]
     if mean is None:
         return "–"
-    text = f"{mean:{mean_format}}"
+    text = f"{mean:{column.mean_format}}"
     if row["seeds"] is None:
         return text
-    return f"{text} ± –" if sd is None else f"{text} ± {sd:{sd_format}}"
+    return f"{text} ± –" if sd is None else f"{text} ± {sd:{column.sd_format}}"
 
 
 README_START, README_END = "<!-- results:", "<!-- end of results -->"

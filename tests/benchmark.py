@@ -15,9 +15,9 @@ import torch
 from custom_models import MODELS, make_config
 from evaluation import features, frechet
 from generative_pipeline import CODE_VERSION, describe_device
-from train import OneSentenceParser
 from utils import (
     ImageSet,
+    OneSentenceParser,
     exit_on_bad_input,
     keep_freed_memory,
     load_dataset,

@@ -90,11 +90,12 @@ def test_names_of_distances(tmp_path, small):
         assert load_extractor(copy).distance_name == f"FD ({name})"
 
 
-def test_demo_extractor():
-    extractor = load_extractor("demo")
-    assert (extractor.name, extractor.dim) == ("demo-64", 64)
-    assert extractor.distance_name == "FD (demo)"
-    assert extract(images(3), extractor).shape == (3, 64)
+@pytest.mark.parametrize(("spec", "dim"), [("demo", 64), ("domain", 128)])
+def test_shipped_extractors(spec, dim):
+    extractor = load_extractor(spec)
+    assert (extractor.name, extractor.dim) == (f"{spec}-{dim}", dim)
+    assert extractor.distance_name == f"FD ({spec})"
+    assert extract(images(3), extractor).shape == (3, dim)
 
 
 def test_result_does_not_depend_on_batches_or_order(small, cache, monkeypatch):
@@ -183,7 +184,9 @@ def test_broken_cache_is_computed_anew(small, cache, damage):
 
 
 def test_missing_and_unknown_extractors(tmp_path):
-    with pytest.raises(InputError, match=r"nowhere\.pt does not exist; give inception, demo"):
+    with pytest.raises(
+        InputError, match=r"nowhere\.pt does not exist; give inception, domain, demo"
+    ):
         load_extractor(tmp_path / "nowhere.pt")
     with pytest.raises(InputError, match="inceptoin does not exist"):
         load_extractor("inceptoin")

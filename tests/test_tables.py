@@ -7,7 +7,16 @@ import math
 import pytest
 
 from evaluation.protocol import Protocol
-from evaluation.tables import collect, results_table, split_by_budget, write_table
+from evaluation.tables import (
+    COLUMNS,
+    collect,
+    metrics_table,
+    per_class_table,
+    results_table,
+    split_by_budget,
+    write_per_class_table,
+    write_table,
+)
 from utils import InputError
 
 PROTOCOL = Protocol(
@@ -27,13 +36,22 @@ PROTOCOL = Protocol(
 def metrics(frechet: float = 100.0, kid: float = 0.05, **protocol) -> dict:
     return {
         "frechet_distance": frechet,
+        "frechet_interval": [frechet - 2, frechet + 2],
+        "frechet_infinity": {"value": frechet - 5, "standard_error": 1.0},
         "kid": kid,
         "kid_standard_error": 0.001,
-        "mean_image_distance": 300.0,
+        "precision": 0.75,
+        "recall": 0.5,
+        "density": 1.25,
+        "coverage": 0.625,
+        "ceilings": {"mean_image": 300.0, "uniform_noise": 400.0},
         "distance_name": "FID",
         "protocol": PROTOCOL | protocol,
         "warnings": [],
     }
+
+
+NO_FRECHET = {"frechet_distance": None, "frechet_interval": None, "frechet_infinity": None}
 
 
 def record(seed: int, frechet: float = 100.0, model: str = "ddpm", **other) -> dict:
@@ -133,18 +151,89 @@ def test_reduced_budget(values, note):
     assert row["note"] == "" and row["frechet_mean"] == pytest.approx(sum(values) / len(values))
 
 
+def test_a_reduced_conditional_run_must_be_recognised():
+    def runs(*agreements):
+        group = [record(seed, budget="reduced") for seed in range(3)]
+        for r, agreement in zip(group, agreements, strict=True):
+            r["metrics"]["agreement"] = {"agreement": agreement}
+        return group
+
+    (row,) = results_table(runs(0.81, 0.80, 0.79))
+    assert row["note"] == "" and row["agreement_mean"] == pytest.approx(0.8)
+    (row,) = results_table(runs(0.81, 0.79, 0.79))
+    assert "fewer than four in five" in row["note"] and row["agreement_mean"] is None
+
+
+def test_a_metric_that_one_run_lacks_has_no_mean():
+    records = [record(0), record(1)]
+    records[0]["metrics"]["copies"] = {"authpct": 60.0}
+    (row,) = results_table(records)
+    assert row["authpct_mean"] is None and row["precision_mean"] == 0.75
+    records[1]["metrics"]["copies"] = {"authpct": 70.0}
+    (row,) = results_table(records)
+    assert row["authpct_mean"] == 65.0
+    assert row["authpct_sd"] == pytest.approx(math.sqrt(50))
+
+
+def test_other_protocols_of_the_domain_features_are_refused():
+    records = [record(0), record(1)]
+    for r, n in zip(records, (1712, 1700), strict=True):
+        r["metrics"]["domain"] = metrics(3.0, n_fake=n)
+    with pytest.raises(InputError, match=r"different protocols.*n_fake"):
+        results_table(records)
+
+
+def test_one_run_beside_floor_and_ceiling():
+    run = metrics(120.25, 0.25) | {"mean_colour_error": 1.5, "warnings": ["no FD∞: too few"]}
+    run["frechet_infinity"] = None
+    text = metrics_table(run | {"floor": metrics(18.0, 0.001)})
+    assert "| FID | 120.2 (118.2 to 122.2) | 18.0 |" in text
+    assert "| KID | 0.25 ± 0.001 | 0.001 |" in text
+    assert "| Recall | 0.500 | 0.500 |" in text
+    assert "FD∞ |" not in text and "no FD∞: too few." in text
+    assert "300 for mean image, 400 for uniform noise" in text
+
+
+def test_a_row_for_each_class_of_a_conditional_model(tmp_path):
+    records = [record(0), record(1), record(0, model="cvae")]
+    for r, kid in zip(records[:2], (0.5, 1.0), strict=True):
+        counts = {"n_real": 900, "n_fake": 300, "precision": 0.5, "recall": None}
+        r["metrics"]["per_class"] = [
+            {"class": "basophil", "kid": kid, **counts},
+            {"class": "platelet", "kid": 2 * kid, **counts},
+        ]
+        classes = {"basophil": {"n": 5, "agreement": kid}, "platelet": {"n": 0, "agreement": None}}
+        r["metrics"]["agreement"] = {"agreement": 0.9, "per_class": classes}
+    first, second = rows = per_class_table(records)
+    assert (first["model"], first["class"], first["seeds"]) == ("ddpm", "basophil", 2)
+    assert (first["kid_mean"], second["kid_mean"]) == (0.75, 1.5)
+    assert first["kid_sd"] == pytest.approx(math.sqrt(0.125))
+    assert first["recall_mean"] is None
+    assert (first["agreement_mean"], second["agreement_mean"]) == (0.75, None)
+    write_per_class_table(rows, tmp_path, "t")
+    line = "| ddpm | best | basophil | 2 | 900 | 300 | 0.750 ± 0.354 | 0.500 ± 0.000 | – |"
+    assert line in (tmp_path / "t.md").read_text()
+    assert (tmp_path / "t.csv").read_text().count("\n") == 3
+    assert per_class_table(records[2:]) == []
+
+
+def test_every_column_has_a_name_of_its_own():
+    assert len({column.name for column in COLUMNS}) == len(COLUMNS)
+    assert len({column.path for column in COLUMNS}) == len(COLUMNS)
+
+
 def test_too_few_images_for_a_frechet_distance_leave_kid_alone(tmp_path):
     few = {"n_fake": 400}
     records = [
-        record(0, model="cvae", metrics=metrics(50.0, 0.07, **few)),
-        record(0, metrics=metrics(90.0, 0.04, **few)),
+        record(0, model="cvae", metrics=metrics(50.0, 0.07, **few) | NO_FRECHET),
+        record(0, metrics=metrics(90.0, 0.04, **few) | NO_FRECHET),
     ]
-    rows = results_table(records, floor=metrics(18.0, 0.0001, **few))
+    rows = results_table(records, floor=metrics(18.0, 0.0001, **few) | NO_FRECHET)
     assert [r["frechet_mean"] for r in rows] == [None, None, None]
     assert [r["kid_mean"] for r in rows] == [0.0001, 0.04, 0.07]
     write_table(rows, tmp_path, "few")
     text = (tmp_path / "few.md").read_text()
-    assert "| ddpm | best | 1 | – | 0.04 ± – |" in text
+    assert "| ddpm | best | 1 | – | – | 0.04 ± – | 0.750 ± – |" in text
     assert "Fréchet distance at n = 400 in 2048 dimensions is dominated by sampling error." in text
 
 
@@ -159,11 +248,15 @@ def test_written_files(tmp_path):
     assert second["frechet_sd"] == ""
     assert first["extractor_sha256"] == PROTOCOL["extractor_sha256"]
     lines = (tmp_path / "new" / "table.md").read_text(encoding="utf-8").splitlines()
-    assert lines[0] == "| Model | Preset | Seeds | FID | KID |"
+    titles = "FID | FD∞ | KID | Precision | Recall | Density | Coverage"
+    assert lines[0] == f"| Model | Preset | Seeds | {titles} |"
+    four = "0.750 | 0.500 | 1.250 | 0.625"
+    four_of_two = "0.750 ± 0.000 | 0.500 ± 0.000 | 1.250 ± 0.000 | 0.625 ± 0.000"
+    four_of_one = "0.750 ± – | 0.500 ± – | 1.250 ± – | 0.625 ± –"
     assert lines[2:5] == [
-        "| real cells (held out) | – | – | 18.0 | 0.0001 |",
-        "| ddpm | best | 2 | 0.5 ± 0.2 | 0.0005 ± 0.00024 |",
-        "| cvae | best | 1 | 170.0 ± – | 0.17 ± – |",
+        f"| real cells (held out) | – | – | 18.0 | 13.0 | 0.0001 | {four} |",
+        f"| ddpm | best | 2 | 0.5 ± 0.2 | -4.5 ± 0.2 | 0.0005 ± 0.00024 | {four_of_two} |",
+        f"| cvae | best | 1 | 170.0 ± – | 165.0 ± – | 0.17 ± – | {four_of_one} |",
     ]
     assert "5,133 images" in lines[6] and "11,959 of the train split" in lines[6]
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["table.csv", "table.md"]
@@ -177,8 +270,8 @@ def test_header_names_another_extractor_and_notes_stand_in_the_row(tmp_path):
     text = (tmp_path / "t.md").read_text(encoding="utf-8")
     assert "FD (GoogLeNet-1024)" in text and "FID" not in text
     note = "not measured (2 of 3 seeds)"
-    assert f"| ddpm | best | 2 | {note} | {note} |" in text
-    assert "100" not in text
+    assert f"| ddpm | best | 2 | {note} | – | – | – | – | – | – |" in text
+    assert "100" not in text and "0.75" not in text
 
 
 def test_an_empty_table_is_refused(tmp_path):
@@ -212,6 +305,8 @@ def damaged(**changes) -> str:
         (damaged(metrics=metrics(version_of_tomorrow=1)), "no whole record"),
         (damaged(metrics=metrics(float("nan"))), "no finite number"),
         (damaged(metrics=metrics(kid=None)), "no finite number"),
+        (damaged(metrics=metrics() | {"recall": float("inf")}), "no finite number"),
+        (damaged(metrics=metrics() | {"ceilings": {}}), "no whole record"),
         (damaged(budget="medium"), "unknown budget 'medium'"),
         (damaged(dataset="BloodMNIST"), "no whole record"),
     ],

@@ -1,0 +1,84 @@
+"""The whole judgement of a generator: what it holds, beside real cells in its place."""
+
+import json
+
+import pytest
+import torch
+
+from evaluation import judge as judging
+from evaluation.features import load_extractor
+from evaluation.judge import judge
+from evaluation.tables import metrics_table
+from utils import load_dataset
+
+SPLITS = ("train", "val", "test", "held_out")
+
+
+@pytest.fixture(scope="module")
+def sets(data_root) -> dict:
+    return {split: load_dataset("bloodmnist", data_root, 28, split) for split in SPLITS}
+
+
+@pytest.fixture(scope="module")
+def judged(sets, tiny_extractor) -> dict:
+    """Of held-out cells, brightened: asked for by class."""
+    held_out = sets["held_out"]
+    images = (held_out.images.int() + 40).clamp(max=255).to(torch.uint8)
+    return judge(images, held_out.labels, sets, load_extractor(tiny_extractor))[0]
+
+
+def test_it_holds_every_metric_and_survives_json(judged):
+    assert json.loads(json.dumps(judged)) == judged
+    assert judged["protocol"]["reference_split"] == "train"
+    assert judged["protocol"]["n_fake"] == 64 and len(judged["per_class"]) == 8
+    floor = judged["floor"]
+    assert floor["protocol"] == judged["protocol"]
+    assert 0 < floor["frechet_distance"] < judged["frechet_distance"]
+    assert judged["mean_colour_error"] > 20
+    assert judged["copies"]["n_held_out"] == 64
+    # The control: half of the held-out cells in the images' place.
+    assert floor["copies"]["n_images"] == floor["copies"]["n_held_out"] == 32
+    assert floor["copies"]["verdict"] == "no sign of copies"
+
+
+def test_our_own_classifier_sees_the_cells_that_it_was_not_trained_on(judged, sets):
+    rules = judged["domain"]["protocol"]
+    assert (rules["reference_split"], rules["n_real"]) == ("test", len(sets["test"]))
+    assert (rules["n_fake"], rules["label_distribution"]) == (24, "validation frequencies")
+    assert rules["extractor"] == "domain-128"
+    assert judged["floor"]["domain"]["protocol"] == rules
+    assert judged["agreement"]["n"] == judged["floor"]["agreement"]["n"] == len(sets["test"])
+    assert judged["floor"]["agreement"]["agreement"] == judged["agreement"]["real"]["agreement"]
+
+
+def test_a_generator_that_cannot_be_asked_has_no_rows_by_class(sets, tiny_extractor):
+    images = sets["held_out"].images.flip(2)
+    metrics, suspects = judge(images, None, sets, load_extractor(tiny_extractor))
+    assert "per_class" not in metrics and "agreement" not in metrics
+    assert "domain" in metrics and suspects.images.dtype == torch.uint8
+    text = metrics_table(metrics)
+    assert "FD (tiny-8)" in text and "Nearer to train" in text and "Class agreement" not in text
+
+
+def test_copies_of_the_train_split_are_told(sets, tiny_extractor):
+    extractor = load_extractor(tiny_extractor)
+    metrics, _ = judge(sets["train"].images[:64], None, sets, extractor)
+    assert metrics["copies"]["verdict"] == "copies"
+    assert metrics["copies"]["features"]["train_share"] == 1
+
+
+def test_the_floor_is_measured_once(judged, sets, tiny_extractor, monkeypatch):
+    monkeypatch.setattr(judging.protocol, "evaluate", lambda *_: pytest.fail("measured again"))
+    reference = None  # not looked at where the floor is kept
+    assert judging.floor(reference, sets, load_extractor(tiny_extractor)) == judged["floor"]
+
+
+def test_drawn_cells_are_not_shown_to_a_network_that_knows_real_ones(sets, tiny_extractor):
+    drawn = {
+        split: type(part)("demo", part.split, part.images, part.labels, part.classes)
+        for split, part in sets.items()
+    }
+    held_out = drawn["held_out"]
+    images, labels = held_out.images.flip(3), held_out.labels
+    metrics, _ = judge(images, labels, drawn, load_extractor(tiny_extractor))
+    assert "domain" not in metrics and "agreement" not in metrics and "per_class" in metrics
