@@ -373,10 +373,10 @@ def test_refuses_bad_images(extractor, pool, bad_input):
 
 def test_real_cells_in_pixels(real_data_root):
     """Held-out halves pass; one in twenty replaced by turned, noisy training cells is caught."""
-    train = load_dataset("bloodmnist", real_data_root, 28, "train").images[:1500]
+    train = load_dataset("bloodmnist", real_data_root, 28, "train").images[:1000]
     held_out = load_dataset("bloodmnist", real_data_root, 28, "held_out").images
     order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))
-    samples, control = held_out[order[:800]], held_out[order[800:2300]]
+    samples, control = held_out[order[:600]], held_out[order[600:1600]]
 
     def compare(images):
         sides = nearest_over_turns(images, train, 5), nearest_over_turns(images, control, 5)
