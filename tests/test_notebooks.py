@@ -96,5 +96,5 @@ def test_runs_from_its_own_folder(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     outputs = [o for cell in code_cells(tmp_path / "executed.ipynb") for o in cell.outputs]
     pictures = [o for o in outputs if "image/png" in o.get("data", {})]
-    assert len(pictures) == 6  # data, losses, progress, samples, reconstructions, neighbours
+    assert len(pictures) == 7  # data, losses, progress, samples, reconstructions, neighbours, pairs
     assert (tmp_path / "run" / "record.json").exists()

@@ -103,7 +103,7 @@ def test_executed_notebooks_show_everything(second):
             for cell in nbformat.read(path, as_version=4).cells
             for output in cell.get("outputs", [])
         ]
-        assert sum("image/png" in o.get("data", {}) for o in outputs) == 6
+        assert sum("image/png" in o.get("data", {}) for o in outputs) == 7
         assert sum("text/markdown" in o.get("data", {}) for o in outputs) == 2
         assert not [o for o in outputs if o.get("name") == "stderr"]
         assert not [o for o in outputs if run_suite.WIDGET in o.get("data", {})]
