@@ -320,7 +320,7 @@ def reference_split(record: dict) -> Figure:
             axis.margins(y=0.15)
             axis.set_title(title, fontsize=9)
         figure.axes[0].set_ylabel(record["distance_name"])
-        figure.axes[1].legend(fontsize=8, loc="center right")
+        figure.axes[1].legend(fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.8))
     return figure
 
 

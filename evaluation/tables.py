@@ -201,13 +201,10 @@ def metrics_table(metrics: dict) -> str:
     """
     floor, ceilings = metrics["floor"], metrics["ceilings"]
     name = metrics["distance_name"]
-    low, high = metrics["frechet_interval"] or (None, None)
     lines = [
         "| | these images | held-out real cells (floor) |",
         "|---|---:|---:|",
-        f"| {name} | {_number(metrics['frechet_distance'], '.1f')} "
-        f"({_number(low, '.1f')} to {_number(high, '.1f')}) "
-        f"| {_number(floor['frechet_distance'], '.1f')} |",
+        f"| {name} | {_with_interval(metrics)} | {_with_interval(floor)} |",
         f"| KID | {_number(metrics['kid'], '.4g')} "
         f"± {_number(metrics['kid_standard_error'], '.2g')} | {_number(floor['kid'], '.4g')} |",
     ]
@@ -230,6 +227,14 @@ def metrics_table(metrics: dict) -> str:
         words.append(f"Copies of training cells: {metrics['copies']['verdict']}.")
     words += [f"{warning}." for warning in metrics["warnings"]]
     return "\n".join(lines) + "\n\n" + " ".join(words)
+
+
+def _with_interval(metrics: dict) -> str:
+    text = _number(metrics["frechet_distance"], ".1f")
+    if not metrics.get("frechet_interval"):
+        return text
+    low, high = metrics["frechet_interval"]
+    return f"{text} ({low:.1f} to {high:.1f})"
 
 
 def _at(metrics: dict, path: tuple[str, ...]) -> float | None:

@@ -118,6 +118,40 @@ def test_finished_suite_is_skipped(second, monkeypatch, capsys):
     assert "4 runs: 4 finished before, 0 to do" in capsys.readouterr().out
 
 
+def test_kept_weights_are_measured_with_another_extractor(second, tiny_extractor, tmp_path):
+    source, _, _ = second
+    weights = run_of(source, "dcgan") / "weights.pt"
+    aside = weights.rename(tmp_path / "weights.pt")
+    try:
+        again = ["--remeasure", str(source), "--extractor", str(tiny_extractor)]
+        done = suite(tmp_path / "other", *again)
+    finally:
+        aside.rename(weights)
+    assert done.returncode == 1
+    assert f"failed: dcgan quick seed 0: {weights} was not kept" in done.stderr
+    good = [model for model in MODELS if model != "dcgan"]
+    for model in good:
+        records = [
+            json.loads((run_of(out, model) / "record.json").read_text())
+            for out in (source, tmp_path / "other")
+        ]
+        names = [r["metrics"]["protocol"]["extractor"] for r in records]
+        assert names == ["demo-64", "tiny-8"]
+        for field in ("seconds", "steps", "device", "config", "history"):
+            assert records[0][field] == records[1][field]
+        assert f"{model} quick seed 0: FD (tiny-8)" in done.stdout
+        assert not (run_of(tmp_path / "other", model) / "checkpoint.pt").exists()
+    table = (tmp_path / "other" / "results_quick.md").read_text()
+    assert "FD (tiny-8)" in table and "dcgan" not in table
+
+
+def test_measuring_anew_does_not_overwrite_what_it_reads(tmp_path, bad_input):
+    with bad_input("overwrite its own records", "--out"):
+        run_suite.main([*TINY, "--remeasure", str(tmp_path), "--out", str(tmp_path)])
+    with bad_input("holds no record"):
+        run_suite.main([*TINY, "--remeasure", str(tmp_path), "--out", str(tmp_path / "new")])
+
+
 def test_a_half_written_notebook_is_not_taken_for_a_finished_one(second, tmp_path):
     out, _, _ = second
     whole = run_of(out, "cvae") / "notebook.ipynb"

@@ -187,7 +187,7 @@ def test_one_run_beside_floor_and_ceiling():
     run = metrics(120.25, 0.25) | {"mean_colour_error": 1.5, "warnings": ["no FD∞: too few"]}
     run["frechet_infinity"] = None
     text = metrics_table(run | {"floor": metrics(18.0, 0.001)})
-    assert "| FID | 120.2 (118.2 to 122.2) | 18.0 |" in text
+    assert "| FID | 120.2 (118.2 to 122.2) | 18.0 (16.0 to 20.0) |" in text
     assert "| KID | 0.25 ± 0.001 | 0.001 |" in text
     assert "| Recall | 0.500 | 0.500 |" in text
     assert "FD∞ |" not in text and "no FD∞: too few." in text
