@@ -316,14 +316,14 @@ def _load_pbc(root: Path, size: int, split: str):
             f"neither {PBC_FOLDER} nor {PBC_FOLDER}.zip is in {root}; set DATA_ROOT "
             "(or --data-root) to the folder that holds the Mendeley data set snkd93bnjr"
         )
-    names, fingerprint = _list_pbc(source)
+    names, fingerprint = list_pbc(source)
+    parts = split_pbc(root / "pbc_split.csv", names)  # before the long resize: it may be wrong
     cached = cache_folder() / "pbc" / f"{fingerprint}-{size}.npy"
     try:
         images = np.load(cached, mmap_mode="r")
     except (OSError, ValueError, EOFError):
-        images = _resize_pbc(source, names, size)
+        images = resize_pbc(source, names, size)
         write_atomically(cached, lambda path: _save_array(path, images))
-    parts = _pbc_split(root / "pbc_split.csv", names)
     rows = parts[split]
     labels = np.array([PBC_CLASSES.index(names[row].split("/")[0]) for row in rows])
     return "PBC", np.asarray(images[rows]), labels, BLOOD_CLASSES
@@ -334,7 +334,7 @@ def _save_array(path: Path, array: np.ndarray) -> None:
         np.save(file, array)
 
 
-def _list_pbc(source: Path) -> tuple[list[str], str]:
+def list_pbc(source: Path) -> tuple[list[str], str]:
     """Sorted names `class/file.jpg` and a fingerprint of names and sizes."""
     entries = []
     try:
@@ -360,7 +360,8 @@ def _list_pbc(source: Path) -> tuple[list[str], str]:
     return [f"{kind}/{file}" for kind, file, _ in entries], fingerprint
 
 
-def _resize_pbc(source: Path, names: list[str], size: int) -> np.ndarray:
+def resize_pbc(source: Path, names: list[str], size: int) -> np.ndarray:
+    """The named images of a PBC folder or zip: centre crop 200, resized; uint8 [N, S, S, 3]."""
     images = np.empty((len(names), size, size, 3), np.uint8)
     archive = None if source.is_dir() else zipfile.ZipFile(source)
     members = {}
@@ -383,7 +384,7 @@ def _resize_pbc(source: Path, names: list[str], size: int) -> np.ndarray:
     return images
 
 
-def _pbc_split(path: Path, names: list[str]) -> dict[str, list[int]]:
+def split_pbc(path: Path, names: list[str]) -> dict[str, list[int]]:
     """Rows of each split, in the order of the split file, so that every size has the same order."""
     row_of = {name: row for row, name in enumerate(names)}
     parts: dict[str, list[int]] = {split: [] for split in SPLITS}

@@ -31,14 +31,14 @@ from utils import (
     ImageSet,
     InputError,
     OneSentenceParser,
-    _list_pbc,
-    _pbc_split,
-    _resize_pbc,
     exit_on_bad_input,
+    list_pbc,
     load_dataset,
     pick_device,
     progress,
     random_flips_and_turns,
+    resize_pbc,
+    split_pbc,
     to_model_range,
     to_uint8,
     write_atomically,
@@ -204,8 +204,8 @@ def originals(setup: Setup, n: int | None = None) -> torch.Tensor:
             f"neither {PBC_FOLDER} nor {PBC_FOLDER}.zip is in {root}; resizing needs the "
             "originals of the Mendeley data set snkd93bnjr and pbc_split.csv there"
         )
-    names, _ = _list_pbc(source)
-    parts = _pbc_split(root / "pbc_split.csv", names)
+    names, _ = list_pbc(source)
+    parts = split_pbc(root / "pbc_split.csv", names)
     files = [names[row] for row in parts["val"] + parts["test"]]
     if len(files) != len(setup.held_out):
         raise InputError(
@@ -213,7 +213,7 @@ def originals(setup: Setup, n: int | None = None) -> torch.Tensor:
             f"{len(setup.held_out)}; get the file that belongs to it"
         )
     rows = setup.rows[:n]
-    pixels = _resize_pbc(source, [files[row] for row in rows], ORIGINAL)
+    pixels = resize_pbc(source, [files[row] for row in rows], ORIGINAL)
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     cells = setup.held_out.images[rows]
     small = through_jpeg(_pillow(images, cells.shape[-1], Image.Resampling.BILINEAR), QUALITY)

@@ -452,7 +452,7 @@ def test_the_second_load_reads_the_cached_images(pbc_zip, own_cache, monkeypatch
     def decode(*_args):
         raise AssertionError("an image was decoded again")
 
-    monkeypatch.setattr(utils, "_resize_pbc", decode)
+    monkeypatch.setattr(utils, "resize_pbc", decode)
     second = load_pbc(pbc_zip)
     assert all(torch.equal(first[s].images, second[s].images) for s in SPLITS)
     with pytest.raises(AssertionError):
@@ -578,7 +578,7 @@ def test_real_pbc_at_28_pixels_is_bloodmnist_up_to_jpeg_error(real_data_root, re
     path, lines = real_pbc
     chosen = np.random.default_rng(0).choice(len(lines), 200, replace=False)
     lines = [lines[row] for row in chosen]
-    ours = utils._resize_pbc(path, [line["file"] for line in lines], 28)
+    ours = utils.resize_pbc(path, [line["file"] for line in lines], 28)
     parts = {s: load_dataset("bloodmnist", real_data_root, 28, s) for s in SPLITS}
     differences = []
     for image, line in zip(ours, lines, strict=True):
