@@ -5,7 +5,7 @@ import json
 import math
 import statistics
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -320,6 +320,7 @@ def _row(model: str, preset: str, dataset: str, group: list[dict]) -> dict:
         "budget": group[0]["budget"],
         "seeds": len(group),
         **_means(shown),
+        "copies_verdict": _verdict(shown),
         "images_seen": statistics.mean(record["images_seen"] for record in group),
         "seconds": statistics.mean(record["seconds"] for record in group),
         "note": note,
@@ -348,6 +349,7 @@ def _floor_row(floor: dict) -> dict:
         "budget": "",
         "seeds": None,
         **_means([floor]),
+        "copies_verdict": _verdict([floor]),
         "images_seen": None,
         "seconds": None,
         "note": protocol.frechet_warning,
@@ -381,6 +383,14 @@ def _means(metrics: list[dict]) -> dict:
     return row
 
 
+def _verdict(metrics: list[dict]) -> str:
+    """What the search for copies said of the runs; how many, where they differ."""
+    counts = Counter(m["copies"]["verdict"] for m in metrics if "copies" in m)
+    if len(counts) == 1 and counts.total() == len(metrics):
+        return next(iter(counts))
+    return ", ".join(f"{verdict} ({n})" for verdict, n in sorted(counts.items()))
+
+
 def _mean_and_sd(name: str, values: list[float | None]) -> dict:
     whole = values and None not in values
     several = whole and len(values) > 1
@@ -402,7 +412,8 @@ def _markdown(rows: list[dict]) -> str:
     parts = [_one_table(rows, QUALITY, first["distance_name"]), rules]
     trust = [c for c in TRUST if any(row[f"{c.name}_mean"] is not None for row in rows)]
     if trust:
-        parts += ["Other eyes, classes and copies:", _one_table(rows, trust), TRUST_WORDS]
+        parts += ["Other eyes, classes and copies:", _one_table(rows, trust, verdict=True)]
+        parts.append(TRUST_WORDS)
     notes = {row["note"] for row in rows if row["note"]}
     parts += [f"{note}." for note in sorted(notes) if not note.startswith("not measured")]
     return "\n\n".join(parts) + "\n"
@@ -412,25 +423,27 @@ TRUST_WORDS = (
     "FD (domain): on features of our own cell classifier, 1,712 images with validation frequencies "
     "against the test split. Class agreement: how often that classifier names the class that was "
     "asked for. Nearer to train: share of images nearer to a training cell than to a held-out one, "
-    "sets weighed as equally large; 0.5 for a generator that copies nothing. Copies: share of "
+    "sets weighed as equally large; 0.5 for a generator that copies nothing. Where a few real "
+    "cells are nearest to most images, this share means little; the verdict, and the interval in "
+    "the record, take that into account. Copies: share of "
     "images much closer to one training cell than to any others, in pixels, beyond what held-out "
     "cells lead to expect. AuthPct: share of images not closer to a training cell than its nearest "
     "neighbour, in %; less than real cells' means copying, or blur. C_T: below zero means copying."
 )
 
 
-def _one_table(rows: list[dict], columns, first_title: str = "") -> str:
-    titles = " | ".join(column.title or first_title for column in columns)
+def _one_table(rows: list[dict], columns, first_title: str = "", verdict: bool = False) -> str:
+    titles = [column.title or first_title for column in columns] + ["Verdict"] * verdict
     lines = [
-        f"| Model | Preset | Seeds | {titles} |",
-        "|---|---|---:|" + "---:|" * len(columns),
+        f"| Model | Preset | Seeds | {' | '.join(titles)} |",
+        "|---|---|---:|" + "---:|" * len(columns) + "---|" * verdict,
     ]
     for row in rows:
         seeds = "–" if row["seeds"] is None else row["seeds"]
         cells = [_cell(row, column) for column in columns]
         if row["note"].startswith("not measured"):
             cells[0] = row["note"]
-        text = " | ".join(cells)
+        text = " | ".join(cells + [row["copies_verdict"] or "–"] * verdict)
         lines.append(f"| {row['model']} | {row['preset'] or '–'} | {seeds} | {text} |")
     return "\n".join(lines)
 

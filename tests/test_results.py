@@ -67,6 +67,17 @@ def test_kept_notebooks_hold_no_paths_of_a_machine(path):
     assert str(ROOT) not in path.read_text()
 
 
+def test_the_readmes_words_have_the_numbers_of_the_records():
+    words = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    rows = json.loads((RESULTS / "numbers" / "resize.json").read_text())["rows"]
+    (value,) = (row["value"] for row in rows if "no JPEG" in row["name"])
+    assert f"only lack that JPEG lie at {value:,.0f} from the reference" in words
+    record = json.loads(features.DOMAIN_FILE.with_suffix(".json").read_text())
+    small, large = (row["accuracy"] for row in record["test"])
+    sentence = f"({small:.0%} right on the 28-pixel test cells, {large:.0%} at 64 pixels)"
+    assert sentence in words
+
+
 def test_demo_extractor_is_that_of_its_record():
     data = features.DEMO_FILE.read_bytes()
     record = json.loads(features.DEMO_FILE.with_suffix(".json").read_text())

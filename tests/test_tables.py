@@ -164,15 +164,22 @@ def test_a_reduced_conditional_run_must_be_recognised():
     assert "fewer than four in five" in row["note"] and row["agreement_mean"] is None
 
 
-def test_a_metric_that_one_run_lacks_has_no_mean():
+def test_a_metric_that_one_run_lacks_has_no_mean(tmp_path):
     records = [record(0), record(1)]
-    records[0]["metrics"]["copies"] = {"authpct": 60.0}
+    records[0]["metrics"]["copies"] = {"authpct": 60.0, "verdict": "no sign of copies"}
     (row,) = results_table(records)
     assert row["authpct_mean"] is None and row["precision_mean"] == 0.75
-    records[1]["metrics"]["copies"] = {"authpct": 70.0}
-    (row,) = results_table(records)
+    assert row["copies_verdict"] == "no sign of copies (1)"
+    records[1]["metrics"]["copies"] = {"authpct": 70.0, "verdict": "no sign of copies"}
+    (row,) = rows = results_table(records)
     assert row["authpct_mean"] == 65.0
     assert row["authpct_sd"] == pytest.approx(math.sqrt(50))
+    assert row["copies_verdict"] == "no sign of copies"
+    write_table(rows, tmp_path, "t")
+    assert "| ddpm | best | 2 | 65.0 ± 7.1 | no sign of copies |" in (tmp_path / "t.md").read_text()
+    records[1]["metrics"]["copies"]["verdict"] = "copies"
+    (row,) = results_table(records)
+    assert row["copies_verdict"] == "copies (1), no sign of copies (1)"
 
 
 def test_other_protocols_of_the_domain_features_are_refused():
