@@ -15,6 +15,7 @@ from utils import ImageSet, InputError, exit_on_bad_input, find_duplicates, writ
 BUDGETS = ("full", "reduced", "quick")
 REDUCED_SEEDS = 3
 RECOGNISED = 0.8  # share of a conditional model's samples
+FLAT = 0.05  # change from one fifth of a training to the next, of the curve's whole range
 FIELDS = (
     "model",
     "preset",
@@ -26,6 +27,7 @@ FIELDS = (
     "images_seen",
     "seconds",
     "device",
+    "history",
 )
 
 
@@ -313,7 +315,7 @@ def _row(model: str, preset: str, dataset: str, group: list[dict]) -> dict:
     protocol = Protocol(**metrics[0]["protocol"])
     note, shown = protocol.frechet_warning, metrics
     if group[0]["budget"] == "reduced":
-        reason = _reduced_shortfall(metrics)
+        reason = _reduced_shortfall(group)
         if reason:
             shown, note = [], f"not measured ({reason})"
     return _columns(model, preset, dataset, metrics[0]) | {
@@ -327,8 +329,9 @@ def _row(model: str, preset: str, dataset: str, group: list[dict]) -> dict:
     }
 
 
-def _reduced_shortfall(metrics: list[dict]) -> str:
-    """Why a run at a reduced budget may not be shown; empty where it may."""
+def _reduced_shortfall(group: list[dict]) -> str:
+    """Why runs at a reduced budget may not be shown; empty where they may."""
+    metrics = [record["metrics"] for record in group]
     if len(metrics) < REDUCED_SEEDS:
         return f"{len(metrics)} of {REDUCED_SEEDS} seeds"
     distances = [m["frechet_distance"] for m in metrics]
@@ -340,7 +343,22 @@ def _reduced_shortfall(metrics: list[dict]) -> str:
     agreements = [m["agreement"]["agreement"] for m in metrics if "agreement" in m]
     if agreements and statistics.mean(agreements) < RECOGNISED:
         return "fewer than four in five samples recognised as the class asked for"
+    names = [name for name in group[0]["history"][-1] if "loss" in name] + ["validation_kid"]
+    for name in names:
+        if not all(_is_flat(record["history"], name) for record in group):
+            return f"{name.replace('_', ' ')} not flat over the last fifth, or not known"
     return ""
+
+
+def _is_flat(history: list[dict], name: str) -> bool:
+    """Whether a curve's mean changed little from the last fifth but one to the last."""
+    values = [row[name] for row in history if name in row]
+    fifth = len(values) // 5
+    if not fifth:
+        return False
+    last, before = values[-fifth:], values[-2 * fifth : -fifth]
+    change = abs(statistics.mean(last) - statistics.mean(before))
+    return change <= FLAT * (max(values) - min(values))
 
 
 def _floor_row(floor: dict) -> dict:

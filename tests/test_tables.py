@@ -51,6 +51,8 @@ def metrics(frechet: float = 100.0, kid: float = 0.05, **protocol) -> dict:
     }
 
 
+# Falls fast, then no more.
+FLAT = [{"epoch": k + 1, "loss": 1 / 4**k, "validation_kid": 2 / 4**k} for k in range(10)]
 NO_FRECHET = {"frechet_distance": None, "frechet_interval": None, "frechet_infinity": None}
 
 
@@ -66,6 +68,7 @@ def record(seed: int, frechet: float = 100.0, model: str = "ddpm", **other) -> d
         "images_seen": 1000,
         "seconds": 60.0,
         "device": "cpu",
+        "history": FLAT,
     } | other
 
 
@@ -149,6 +152,24 @@ def test_reduced_budget(values, note):
     # A full run is shown whatever its distance.
     (row,) = results_table([r | {"budget": "full"} for r in records])
     assert row["note"] == "" and row["frechet_mean"] == pytest.approx(sum(values) / len(values))
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda k: {"validation_kid": 2.0 - k / 10}, "validation kid not flat"),
+        (lambda k: {"loss": 2.0 - k / 10}, "loss not flat"),
+        (lambda k: {"validation_kid": None}, "validation kid not flat"),
+    ],
+)
+def test_a_reduced_run_that_still_learns_is_not_shown(change, word):
+    group = [record(seed, budget="reduced") for seed in range(3)]
+    still = [row | change(k) for k, row in enumerate(FLAT)]
+    group[2]["history"] = [
+        {name: value for name, value in row.items() if value is not None} for row in still
+    ]
+    (row,) = results_table(group)
+    assert word in row["note"] and row["frechet_mean"] is None
 
 
 def test_a_reduced_conditional_run_must_be_recognised():
