@@ -74,7 +74,9 @@ def test_the_readmes_words_have_the_numbers_of_the_records():
     assert f"only lack that JPEG lie at {value:,.0f} from the reference" in words
     record = json.loads(features.DOMAIN_FILE.with_suffix(".json").read_text())
     small, large = (row["accuracy"] for row in record["test"])
-    sentence = f"({small:.0%} right on the 28-pixel test cells, {large:.0%} at 64 pixels)"
+    sentence = (
+        f"({100 * small:.0f} % right on the 28-pixel test cells, {100 * large:.0f} % at 64 pixels)"
+    )
     assert sentence in words
 
 
