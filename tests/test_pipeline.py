@@ -481,6 +481,11 @@ def test_evaluating_an_unfinished_training_is_bad_input(make, bad_input):
         make().evaluate()
 
 
+def test_features_that_know_the_train_split_are_no_run_s_own(make, bad_input):
+    with bad_input("domain extractor knows the train split", "give another"):
+        make(extractor="domain").extractor()
+
+
 def test_a_run_has_its_own_folder():
     assert run_folder("results", "cvae", "baseline", 3) == Path("results/runs/cvae-baseline/seed3")
 
