@@ -38,8 +38,6 @@ class Config(ModelConfig):
 
 PRESETS = {
     "baseline": Config(),
-    # Our variant of the published setting: one generator update to one of the discriminator.
-    "balanced": replace(Config(), generator_steps=1),
     "quick": replace(
         Config(),
         generator_channels=(128, 64, 32, 16),
