@@ -431,23 +431,26 @@ def _markdown(rows: list[dict]) -> str:
     trust = [c for c in TRUST if any(row[f"{c.name}_mean"] is not None for row in rows)]
     if trust:
         parts += ["Other eyes, classes and copies:", _one_table(rows, trust, verdict=True)]
-        parts.append(TRUST_WORDS)
+        parts.append(" ".join(TRUST_WORDS[c.name] for c in trust if c.name in TRUST_WORDS))
     notes = {row["note"] for row in rows if row["note"]}
     parts += [f"{note}." for note in sorted(notes) if not note.startswith("not measured")]
     return "\n\n".join(parts) + "\n"
 
 
-TRUST_WORDS = (
-    "FD (domain): on features of our own cell classifier, 1,712 images with validation frequencies "
-    "against the test split. Class agreement: how often that classifier names the class that was "
-    "asked for. Nearer to train: share of images nearer to a training cell than to a held-out one, "
-    "sets weighed as equally large; 0.5 for a generator that copies nothing. Where a few real "
+TRUST_WORDS = {
+    "domain_frechet": "FD (domain): on features of our own cell classifier, 1,712 images with "
+    "validation frequencies against the test split.",
+    "agreement": "Class agreement: how often that classifier names the class that was asked for.",
+    "train_share": "Nearer to train: share of images nearer to a training cell than to a held-out "
+    "one, sets weighed as equally large; 0.5 for a generator that copies nothing. Where a few real "
     "cells are nearest to most images, this share means little; the verdict, and the interval in "
-    "the record, take that into account. Copies: share of "
-    "images much closer to one training cell than to any others, in pixels, beyond what held-out "
-    "cells lead to expect. AuthPct: share of images not closer to a training cell than its nearest "
-    "neighbour, in %; less than real cells' means copying, or blur. C_T: below zero means copying."
-)
+    "the record, take that into account.",
+    "copied_share": "Copies: share of images much closer to one training cell than to any others, "
+    "in pixels, beyond what held-out cells lead to expect.",
+    "authpct": "AuthPct: share of images not closer to a training cell than its nearest "
+    "neighbour, in %; less than real cells' means copying, or blur.",
+    "ct": "C_T: below zero means copying.",
+}
 
 
 def _one_table(rows: list[dict], columns, first_title: str = "", verdict: bool = False) -> str:
