@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from evaluation import neighbours
 from evaluation.neighbours import distances, k_nearest
+from evaluation.prdc import precision_recall_density_coverage
 
 
 def draws(n: int, d: int, seed: int) -> torch.Tensor:
@@ -84,3 +85,14 @@ def test_refuses_bad_features(bad_input):
         k_nearest(good[:0], good, 1)
     with bad_input("NaN or infinite"):
         k_nearest(good, good / 0, 1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU is here")
+def test_a_gpu_gives_the_same_neighbours_and_shares():
+    generator = torch.Generator().manual_seed(0)
+    real, fake = (torch.randn(n, 16, generator=generator) for n in (400, 300))
+    here, there = k_nearest(fake, real, 5), k_nearest(fake.cuda(), real.cuda(), 5)
+    assert torch.allclose(here[0], there[0].cpu(), rtol=1e-5)
+    assert torch.equal(here[1], there[1].cpu())
+    expected = precision_recall_density_coverage(real, fake)
+    assert precision_recall_density_coverage(real.cuda(), fake.cuda()) == pytest.approx(expected)
