@@ -310,12 +310,7 @@ def _load_pbc(root: Path, size: int, split: str):
     """
     if size < 1:
         raise InputError(f"image size {size} is not positive")
-    source = next((p for p in (root / PBC_FOLDER, root / f"{PBC_FOLDER}.zip") if p.exists()), None)
-    if source is None:
-        raise InputError(
-            f"neither {PBC_FOLDER} nor {PBC_FOLDER}.zip is in {root}; set DATA_ROOT "
-            "(or --data-root) to the folder that holds the Mendeley data set snkd93bnjr"
-        )
+    source = find_pbc(root)
     names, fingerprint = list_pbc(source)
     parts = split_pbc(root / "pbc_split.csv", names)  # before the long resize: it may be wrong
     cached = cache_folder() / "pbc" / f"{fingerprint}-{size}.npy"
@@ -332,6 +327,18 @@ def _load_pbc(root: Path, size: int, split: str):
 def _save_array(path: Path, array: np.ndarray) -> None:
     with open(path, "wb") as file:
         np.save(file, array)
+
+
+def find_pbc(root: Path) -> Path:
+    """The folder or zip of PBC in a data root. Raises InputError where there is neither."""
+    for path in (root / PBC_FOLDER, root / f"{PBC_FOLDER}.zip"):
+        if path.exists():
+            return path
+    raise InputError(
+        f"neither {PBC_FOLDER} nor {PBC_FOLDER}.zip is in {root}; set DATA_ROOT "
+        "(or --data-root) to the folder that holds the Mendeley data set snkd93bnjr, with "
+        "pbc_split.csv beside it where its split is to be that of BloodMNIST"
+    )
 
 
 def list_pbc(source: Path) -> tuple[list[str], str]:

@@ -8,10 +8,9 @@ graph in it; without it the zip is downloaded once. The result is a TorchScript 
 kept, its features of drawn cells are compared with those of the extractor that measured this
 project's results.
 
-The two extractors agree to rounding, but their files differ in their bytes. A protocol names an
-extractor by its file's sha256, so the table builder takes numbers of the two for numbers of
-different protocols: within one table use one file. Made again with the same version of torch, the
-file has the same bytes.
+The two files differ in their bytes and agree in their features, so the one made with the pinned
+version of torch counts as the other in protocols (`features.SAME_FEATURES`). Another version of
+torch may write other bytes: the table builder then takes its numbers for those of another protocol.
 """
 
 import hashlib

@@ -27,11 +27,11 @@ from evaluation.frechet import frechet_distance, gaussian_statistics
 from evaluation.kid import kernel_distance
 from evaluation.reference import Reference, make_reference
 from utils import (
-    PBC_FOLDER,
     ImageSet,
     InputError,
     OneSentenceParser,
     exit_on_bad_input,
+    find_pbc,
     list_pbc,
     load_dataset,
     pick_device,
@@ -198,12 +198,7 @@ def originals(setup: Setup, n: int | None = None) -> torch.Tensor:
     its files are other cells.
     """
     root = setup.data_root
-    source = next((p for p in (root / PBC_FOLDER, root / f"{PBC_FOLDER}.zip") if p.exists()), None)
-    if source is None:
-        raise InputError(
-            f"neither {PBC_FOLDER} nor {PBC_FOLDER}.zip is in {root}; resizing needs the "
-            "originals of the Mendeley data set snkd93bnjr and pbc_split.csv there"
-        )
+    source = find_pbc(root)
     names, _ = list_pbc(source)
     parts = split_pbc(root / "pbc_split.csv", names)
     files = [names[row] for row in parts["val"] + parts["test"]]
