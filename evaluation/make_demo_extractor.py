@@ -84,8 +84,9 @@ def export(module: torch.jit.ScriptModule) -> bytes:
     torch.jit.save(module, saved)
     with zipfile.ZipFile(saved) as source, zipfile.ZipFile(stripped, "w") as target:
         for name in source.namelist():
-            # Debug records hold this machine's paths, which would change the hash elsewhere.
-            if not name.endswith(".debug_pkl"):
+            # Debug records hold this machine's paths, and the serialization id is a hash over
+            # them: either would change the file's own hash elsewhere.
+            if not name.endswith((".debug_pkl", "/serialization_id")):
                 target.writestr(zipfile.ZipInfo(name), source.read(name))
     return stripped.getvalue()
 
