@@ -123,7 +123,7 @@ class GenerativePipeline:
 
     def _set_up_model(self, compile: bool) -> None:
         seed_everything(derive_seed(self.seed, "initial weights"))
-        self.model = MODELS[self.name].Model(self.config)
+        self.model = self.config.build()
         self.model.to(self.device, memory_format=torch.channels_last)
         self.optimizers = self.model.optimizers()
         self.ema = self._make_ema() if self.config.ema_decay else None

@@ -1,4 +1,7 @@
-"""The models by name: `MODELS[name]` has `Config`, `PRESETS` and `Model`."""
+"""The models by name: `MODELS[name].PRESETS[preset].build()` is a model.
+
+A preset's config knows its own class of model: those of `best` lie in files of their own.
+"""
 
 import dataclasses
 
@@ -16,8 +19,8 @@ def make_config(model: str, preset: str = "baseline", **settings) -> ModelConfig
     presets = MODELS[model].PRESETS
     if preset not in presets:
         raise InputError(f"{model} has no preset {preset!r}; it has {', '.join(presets)}")
-    known = [field.name for field in dataclasses.fields(MODELS[model].Config)]
+    known = [field.name for field in dataclasses.fields(presets[preset])]
     for name in settings:
         if name not in known:
-            raise InputError(f"{model} has no setting {name!r}; it has {', '.join(known)}")
+            raise InputError(f"{model} {preset} has no setting {name!r}; it has {', '.join(known)}")
     return dataclasses.replace(presets[preset], **settings)

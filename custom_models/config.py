@@ -5,6 +5,8 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from torch import nn
+
 from utils import InputError
 
 
@@ -49,6 +51,10 @@ class ModelConfig:
             raise InputError(
                 f"validation_epochs must not be negative, got {self.validation_epochs}"
             )
+
+    def build(self) -> nn.Module:
+        """The model of this config, untrained."""
+        raise NotImplementedError
 
     @property
     def images_per_step(self) -> int:

@@ -30,6 +30,9 @@ class Config(ModelConfig):
             self.image_size >= 2 ** len(self.channels), "image_size", "larger for so many layers"
         )
 
+    def build(self) -> "Model":
+        return Model(self)
+
 
 PRESETS = {
     "baseline": Config(),

@@ -39,6 +39,9 @@ class Config(ModelConfig):
         """Every critic update sees its own real images: an epoch is one pass of the critic."""
         return self.batch_size * self.critic_steps
 
+    def build(self) -> "Model":
+        return Model(self)
+
 
 PRESETS = {
     "baseline": Config(),

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from custom_models import r3gan
 from custom_models.config import ModelConfig
 from custom_models.layers import init_dcgan
 
@@ -35,9 +36,13 @@ class Config(ModelConfig):
         for name in ("real_label", "fake_label"):
             self.require(0 <= getattr(self, name) <= 1, name, "in [0, 1]")
 
+    def build(self) -> "Model":
+        return Model(self)
+
 
 PRESETS = {
     "baseline": Config(),
+    "best": r3gan.Config(),
     "quick": replace(
         Config(),
         generator_channels=(128, 64, 32, 16),

@@ -34,6 +34,9 @@ class Config(ModelConfig):
         steps = self.sampling_steps
         self.require(1 <= steps <= self.timesteps, "sampling_steps", "between 1 and timesteps")
 
+    def build(self) -> "Model":
+        return Model(self)
+
 
 PRESETS = {
     "baseline": Config(),

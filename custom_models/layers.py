@@ -1,6 +1,31 @@
 """Layers and initial values that more than one model uses."""
 
-from torch import nn
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Annex K of the JPEG standard (ITU-T T.81), for luminance and chrominance at quality 50.
+LUMINANCE = (
+    (16, 11, 10, 16, 24, 40, 51, 61),
+    (12, 12, 14, 19, 26, 58, 60, 55),
+    (14, 13, 16, 24, 40, 57, 69, 56),
+    (14, 17, 22, 29, 51, 87, 80, 62),
+    (18, 22, 37, 56, 68, 109, 103, 77),
+    (24, 35, 55, 64, 81, 104, 113, 92),
+    (49, 64, 78, 87, 103, 121, 120, 101),
+    (72, 92, 95, 98, 112, 100, 103, 99),
+)
+CHROMINANCE = (
+    (17, 18, 24, 47, 99, 99, 99, 99),
+    (18, 21, 26, 66, 99, 99, 99, 99),
+    (24, 26, 56, 99, 99, 99, 99, 99),
+    (47, 66, 99, 99, 99, 99, 99, 99),
+    *((99,) * 8,) * 4,
+)
+# Y, Cb, Cr from R, G, B (JFIF 1.02).
+TO_YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
 
 
 def init_dcgan(module: nn.Module) -> None:
@@ -10,3 +35,112 @@ def init_dcgan(module: nn.Module) -> None:
     elif isinstance(module, nn.BatchNorm2d):
         nn.init.normal_(module.weight, 1.0, 0.02)
         nn.init.zeros_(module.bias)
+
+
+class ResidualBlock(nn.Module):
+    """x + two 3×3 convolutions, without normalisation; [N, width, S, S] in and out.
+
+    The second begins at zero and the block as the identity (Zhang et al. 2019, "Fixup
+    Initialization").
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.first = nn.Conv2d(width, width, 3, padding=1)
+        self.second = nn.Conv2d(width, width, 3, padding=1)
+        nn.init.zeros_(self.second.weight)
+        nn.init.zeros_(self.second.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(F.leaky_relu(self.first(F.leaky_relu(x, 0.2)), 0.2))
+
+
+class JPEG(nn.Module):
+    """What storing an image as JPEG does to it, with a gradient: [-1, 1] → [-1, 1], [N, 3, S, S].
+
+    The images of BloodMNIST were stored so before they became arrays. A generator that ends in this
+    layer draws the cell and leaves the traces of the file format to the format, as a known
+    measurement is treated in AmbientGAN (Bora et al. 2018). Baseline JPEG with chroma at half the
+    resolution, as Pillow writes and libjpeg reads it (ITU-T T.81; JFIF 1.02). Roundings pass their
+    gradient on as if they were not there. quality: 1 to 100, of libjpeg's scale. Always float32.
+    """
+
+    def __init__(self, quality: int):
+        super().__init__()
+        scale = 5000 // quality if quality < 50 else 200 - 2 * quality
+        tables = torch.tensor([LUMINANCE, CHROMINANCE])
+        tables = ((tables * scale + 50) // 100).clamp(1, 255).float()
+        position = torch.arange(8)
+        cosines = torch.cos((2 * position + 1) * position[:, None] * math.pi / 16) / 2
+        cosines[0] /= math.sqrt(2)  # the orthonormal DCT-II: coefficients = C block Cᵀ
+        to_ycbcr = torch.tensor(TO_YCBCR)
+        for name, value in {
+            "tables": tables,
+            "cosines": cosines,
+            "to_ycbcr": to_ycbcr,
+            "to_rgb": torch.linalg.inv(to_ycbcr.double()).float(),
+        }.items():
+            self.register_buffer(name, value, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        luma, chroma = self.encode(images)
+        return self.decode(_round(luma), _round(chroma), images.shape[2:])
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Coefficients in units of the tables' steps; rounded, they are the numbers in the file.
+
+        Luma [N, 64, H, W] and chroma [N, 128, H / 2, W / 2] (Cb's 64, then Cr's) for H × W blocks
+        of 8 × 8 pixels; the 64 in rows, from low to high frequencies.
+        """
+        with torch.autocast(images.device.type, enabled=False):
+            height, width = images.shape[2:]
+            pixels = _round(((images.float() + 1) * 127.5).clamp(0, 255))
+            # As libjpeg fills whole blocks: the last column is repeated before the chroma is
+            # halved, the last row after it.
+            pixels = F.pad(pixels, (0, -width % 16, 0, height % 2), mode="replicate")
+            ycbcr = _round(torch.einsum("dc,nchw->ndhw", self.to_ycbcr, pixels))
+            luma, chroma = ycbcr[:, :1] - 128, _halve(ycbcr[:, 1:])
+            luma = F.pad(luma, (0, 0, 0, -luma.shape[2] % 16), mode="replicate")
+            chroma = F.pad(chroma, (0, 0, 0, -chroma.shape[2] % 8), mode="replicate")
+            return self._transform(luma, self.tables[0]), self._transform(chroma, self.tables[1])
+
+    def _transform(self, planes: Tensor, table: Tensor) -> Tensor:
+        """[N, C, 8 H, 8 W] → [N, 64 C, H, W]: the DCT of every block, in steps of the table."""
+        blocks = planes.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).permute(0, 1, 2, 4, 3, 5)
+        coefficients = self.cosines @ blocks @ self.cosines.T / table
+        return coefficients.flatten(4).permute(0, 1, 4, 2, 3).flatten(1, 2)
+
+    def decode(self, luma: Tensor, chroma: Tensor, size: tuple[int, int]) -> Tensor:
+        """Coefficients as of `encode` → images in [-1, 1], [N, 3, *size]."""
+        with torch.autocast(luma.device.type, enabled=False):
+            height, width = size
+            luma = self._invert(luma, self.tables[0])[:, :, :height, :width] + 128
+            # The decoder knows the true size, and enlarges no more of the chroma than that.
+            chroma = self._invert(chroma, self.tables[1])
+            chroma = chroma[:, :, : (height + 1) // 2, : (width + 1) // 2]
+            chroma = _enlarge(chroma)[:, :, :height, :width]
+            ycbcr = torch.cat([luma, chroma], dim=1)
+            pixels = _round(torch.einsum("dc,nchw->ndhw", self.to_rgb, ycbcr))
+            return pixels.clamp(0, 255) / 127.5 - 1
+
+    def _invert(self, coefficients: Tensor, table: Tensor) -> Tensor:
+        blocks = coefficients.unflatten(1, (-1, 8, 8)).permute(0, 1, 4, 5, 2, 3) * table
+        planes = self.cosines.T @ blocks @ self.cosines
+        return _round(planes.permute(0, 1, 2, 4, 3, 5).flatten(4).flatten(2, 3))
+
+
+def _round(values: Tensor) -> Tensor:
+    """Rounded values; the gradient passes as if they were not."""
+    return values + (values.round() - values).detach()
+
+
+def _halve(planes: Tensor) -> Tensor:
+    """Means of 2 × 2 pixels; libjpeg rounds a half down in even columns and up in odd ones."""
+    means = F.avg_pool2d(planes, 2)
+    odd = torch.arange(means.shape[3], device=planes.device) % 2
+    return means + (torch.floor(means + 0.25 * (1 + odd)) - means).detach()
+
+
+def _enlarge(planes: Tensor) -> Tensor:
+    """Double both sides by libjpeg's triangle filter: 3/4 of the nearer pixel, 1/4 of the other."""
+    return F.interpolate(planes, scale_factor=2, mode="bilinear", align_corners=False)

@@ -1,0 +1,164 @@
+"""The `best` preset of the DCGAN: the same idea, a convolutional GAN without classes, with what the
+field has learned since. The loss is that of Huang, Gokaslan, Kuleshov and Tompkin 2024, "The GAN is
+dead; long live the GAN! A Modern GAN Baseline" (R3GAN): relativistic, with zero-centred gradient
+penalties on real and on generated images. Networks without normalisation, as there, but of a size
+that one CPU core can train.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from custom_models.config import ModelConfig
+from custom_models.layers import JPEG, ResidualBlock
+from utils import random_flips_and_turns
+
+
+@dataclass(frozen=True)
+class Config(ModelConfig):
+    latent_dim: int = 64
+    generator_channels: tuple = (96, 64, 32)  # at a quarter of the side, at half, at the whole
+    discriminator_channels: tuple = (32, 64, 96)  # the other way round
+    gamma: float = 1.0  # weight of both penalties
+    penalty_interval: int = 4  # steps between penalties, which then weigh as much more
+    lr: float = 5e-4
+    beta1: float = 0.0  # of Adam
+    beta2: float = 0.99
+    jpeg_quality: int = 75  # of the data set's files; 0: it was not stored as JPEG
+    batch_size: int = 64
+    epochs: int = 40
+    ema_decay: float = 0.999
+    flips_and_turns: bool = True
+    validation_epochs: int = 4
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require(self.latent_dim >= 1, "latent_dim", "at least 1")
+        for name in ("generator_channels", "discriminator_channels"):
+            self.require(len(getattr(self, name)) == 3, name, "three widths")
+        self.require(self.image_size >= 8, "image_size", "at least 8")
+        self.require(self.gamma >= 0, "gamma", "at least 0")
+        self.require(self.penalty_interval >= 1, "penalty_interval", "at least 1")
+        self.require(0 <= self.jpeg_quality <= 100, "jpeg_quality", "from 0 to 100")
+
+    def build(self) -> "Model":
+        return Model(self)
+
+
+class Generator(nn.Module):
+    """z [N, latent_dim] → images in [-1, 1], [N, C, S, S]."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        widths = config.generator_channels
+        self.turn = config.flips_and_turns
+        self.size, side = config.image_size, -(-config.image_size // 4)
+        layers = [
+            nn.Linear(config.latent_dim, widths[0] * side**2),
+            nn.Unflatten(1, (widths[0], side, side)),
+            ResidualBlock(widths[0]),
+        ]
+        for width, following in pairwise(widths):
+            layers.append(nn.ConvTranspose2d(width, following, 4, stride=2, padding=1))
+            layers.append(ResidualBlock(following))
+        layers += [nn.LeakyReLU(0.2), nn.Conv2d(widths[-1], config.image_channels, 3, padding=1)]
+        self.layers = nn.Sequential(*layers, nn.Tanh())
+        self.jpeg = JPEG(config.jpeg_quality) if config.jpeg_quality else nn.Identity()
+
+    def forward(self, latents: Tensor) -> Tensor:
+        images = self.jpeg(self.layers(latents)[:, :, : self.size, : self.size])
+        # In training the real images are turned, and the blocks of their JPEG with them.
+        return random_flips_and_turns(images) if self.training and self.turn else images
+
+
+class Discriminator(nn.Module):
+    """Images in [-1, 1] → D(x) [N], higher for real ones."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        widths = config.discriminator_channels
+        layers = [
+            nn.Conv2d(config.image_channels, widths[0], 3, padding=1),
+            ResidualBlock(widths[0]),
+        ]
+        for width, following in pairwise(widths):
+            layers.append(nn.Conv2d(width, following, 4, stride=2, padding=1))
+            layers.append(ResidualBlock(following))
+        side = config.image_size // 2 // 2
+        layers += [nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(widths[-1] * side**2, 1)]
+        self.layers = nn.Sequential(*layers, nn.Flatten(0))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images)
+
+
+class Model(nn.Module):
+    conditional = False
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.generator = Generator(config)
+        self.discriminator = Discriminator(config)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # a resumed run goes on
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        config = self.config
+        settings = {"lr": config.lr, "betas": (config.beta1, config.beta2)}
+        return {
+            "generator": torch.optim.Adam(self.generator.parameters(), **settings),
+            "discriminator": torch.optim.Adam(self.discriminator.parameters(), **settings),
+        }
+
+    def latents(self, n: int, device: torch.device, generator=None) -> Tensor:
+        return torch.randn(n, self.config.latent_dim, device=device, generator=generator)
+
+    def training_step(self, images: Tensor, labels: Tensor, optimizers: dict) -> dict[str, Tensor]:
+        """One update of the discriminator, then one of the generator.
+
+        images: [-1, 1], [N, C, S, S]; the labels are not used. Both losses are softplus(-margin) of
+        the relativistic pairing: each generated image is judged beside a real one, so that a
+        generator gains nothing from fewer kinds of cells. Logs the losses, the mean margin
+        D(x) - D(G(z)) before the updates, and the penalties.
+        """
+        config, n = self.config, len(images)
+        with torch.no_grad():
+            fakes = self.generator(self.latents(n, images.device))
+        penalised = int(self.steps) % config.penalty_interval == 0
+        self.steps += 1
+        # Penalties need a second derivative, which does not bear less than float32.
+        with torch.autocast(images.device.type, enabled=not penalised and _mixed(images.device)):
+            x, y = images.requires_grad_(penalised), fakes.float().requires_grad_(penalised)
+            margin = (self.discriminator(x) - self.discriminator(y)).float()
+            loss_d = F.softplus(-margin).mean()
+            r1 = r2 = torch.zeros((), device=images.device)
+            if penalised:
+                # E ‖∇D(x)‖² on real images and on generated ones; the sign is squared away.
+                gradients = torch.autograd.grad(margin.sum(), [x, y], create_graph=True)
+                r1, r2 = (config.penalty_interval * (g**2).sum((1, 2, 3)).mean() for g in gradients)
+        optimizers["discriminator"].zero_grad(set_to_none=True)
+        (loss_d + config.gamma / 2 * (r1 + r2)).backward()
+        optimizers["discriminator"].step()
+
+        self.discriminator.requires_grad_(False)
+        real = self.discriminator(images.detach())
+        fake = self.discriminator(self.generator(self.latents(n, images.device)))
+        loss_g = F.softplus((real - fake).float()).mean()
+        optimizers["generator"].zero_grad(set_to_none=True)
+        loss_g.backward()
+        optimizers["generator"].step()
+        self.discriminator.requires_grad_(True)
+        return {"loss_d": loss_d, "loss_g": loss_g, "margin": margin.mean(), "r1": r1, "r2": r2}
+
+    @torch.no_grad()
+    def sample(self, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """G(z) for z ~ N(0, I), as many as there are labels; [-1, 1], [N, C, S, S]."""
+        return self.generator(self.latents(len(labels), labels.device, generator))
+
+
+def _mixed(device: torch.device) -> bool:
+    """Whether the step runs in mixed precision."""
+    return torch.is_autocast_enabled(device.type)
