@@ -12,12 +12,14 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo suite fid benchmark test clean
+.PHONY: help demo suite ablations fid benchmark test clean
 
 help:
 	@echo "make demo       four models, two seeds (SEEDS=), drawn cells -> results/demo"
 	@echo "make suite      four models, five seeds (SEEDS=), BloodMNIST -> results"
 	@echo "                narrow it with MODELS=\"cvae dcgan\" PRESET= EXTRACTOR= DATA_ROOT= JOBS="
+	@echo "make ablations  changed settings against each baseline, three seeds (SEEDS=)"
+	@echo "                -> results/ablations; GRID=published, MODELS= narrows it"
 	@echo "make fid        measure the kept weights of all runs anew with Inception-v3 -> results/fid"
 	@echo "make benchmark  speed of training, sampling and evaluation -> results/benchmarks"
 	@echo "make test       all tests"
@@ -33,6 +35,16 @@ suite: SEEDS ?= 5
 suite: JOBS ?= 1
 suite: $(INSTALLED)
 	$(RUN) run_suite.py --models $(MODELS) --preset $(PRESET) --seeds $(SEEDS) \
+		--dataset bloodmnist --data-root "$(DATA_ROOT)" --extractor "$(EXTRACTOR)" \
+		--out results --jobs $(JOBS)
+
+# Of all models that the grid has rows for, unless the command line says MODELS=.
+ablations: GRID ?= published
+ablations: MODELS :=
+ablations: SEEDS ?= 3
+ablations: JOBS ?= 1
+ablations: $(INSTALLED)
+	$(RUN) run_suite.py --ablations $(GRID) $(if $(MODELS),--models $(MODELS)) --seeds $(SEEDS) \
 		--dataset bloodmnist --data-root "$(DATA_ROOT)" --extractor "$(EXTRACTOR)" \
 		--out results --jobs $(JOBS)
 

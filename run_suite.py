@@ -1,6 +1,7 @@
 """Run the model notebooks over several seeds, one process each, then compare the models.
 
     python run_suite.py --models cvae dcgan --preset baseline --seeds 5 --data-root DATA
+    python run_suite.py --ablations published --data-root DATA
     python run_suite.py --remeasure results --extractor inception --out results/fid
 
 A finished run is skipped, an interrupted one goes on where its last checkpoint stands, a failed
@@ -12,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -30,8 +32,10 @@ import torch
 from tqdm import tqdm
 
 from custom_models import MODELS, make_config
+from custom_models.ablations import GRIDS, Ablation
 from custom_models.config import parse_settings
-from evaluation.tables import collect
+from evaluation import figures
+from evaluation.tables import ablation_table, collect, write_ablation_table
 from generative_pipeline import GenerativePipeline, run_folder
 from utils import LOADERS, InputError, OneSentenceParser, exit_on_bad_input, pick_device
 
@@ -68,10 +72,15 @@ class Task:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = OneSentenceParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--models", nargs="+", default=list(MODELS), help=f"some of {', '.join(MODELS)} (all)"
+        "--models", nargs="+", help=f"some of {', '.join(MODELS)} (all; all of the grid)"
     )
-    parser.add_argument("--preset", default="baseline", help="baseline, quick, … (baseline)")
-    parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 0 on (5)")
+    parser.add_argument("--preset", help="baseline, quick, … (baseline)")
+    parser.add_argument(
+        "--ablations",
+        metavar="GRID",
+        help=f"run the changed settings of a grid instead of a preset: {', '.join(GRIDS)}",
+    )
+    parser.add_argument("--seeds", type=int, help="number of seeds, from 0 on (5; of a grid 3)")
     parser.add_argument("--dataset", default="bloodmnist", help=f"one of {', '.join(LOADERS)}")
     parser.add_argument("--data-root", help="folder with the data sets ($DATA_ROOT, else data)")
     parser.add_argument(
@@ -106,6 +115,8 @@ def check(options: argparse.Namespace) -> None:
 
     They go through the environment, so that no kept notebook holds a path of this machine.
     """
+    if options.seeds is None:
+        options.seeds = 3 if options.ablations else 5
     for name in ("seeds", "jobs"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(options, name)}")
@@ -117,34 +128,50 @@ def check(options: argparse.Namespace) -> None:
     if extractor:
         named = extractor in ("inception", "demo", "domain")
         os.environ["EXTRACTOR"] = extractor if named else str(Path(extractor).resolve())
-    options.settings = parse_settings(options.set)
-    options.models = list(dict.fromkeys(options.models))
     pick_device(options.device)
+    if options.ablations:
+        _check_ablations(options)
+        return
+    options.preset = options.preset or "baseline"
+    options.settings = parse_settings(options.set)
+    options.models = list(dict.fromkeys(options.models or MODELS))
     for model in options.models:
         make_config(model, options.preset, **options.settings)
 
 
-def plan(options: argparse.Namespace) -> tuple[list[Task], list[Task]]:
-    """The runs that are there already, and those to do: the first seed of every model first.
-
-    Loads the data and the extractor, so that a fault in them is told before hours of training.
-    """
-    done, to_do = [], []
-    tasks = [
-        [_run_task(options, model, seed) for seed in range(options.seeds)]
+def suite_tasks(options: argparse.Namespace) -> list[list[Task]]:
+    """For each model its runs, one for each seed."""
+    return [
+        _tasks(
+            options,
+            model,
+            options.preset,
+            options.settings,
+            run_folder(options.out, model, options.preset, 0).parent,
+        )
         for model in options.models
     ]
-    for row in tasks:
+
+
+def plan(rows: list[list[Task]]) -> tuple[list[Task], list[Task]]:
+    """The runs that are there already, and those to do: the first seed of every row first.
+
+    rows: runs that differ in their seed alone. Loads the data and the extractor, so that a fault
+    in them is told before hours of training.
+    """
+    done, to_do = [], []
+    for row in rows:
         for task in row:
             _check_parameters(task)
-    for model, row in zip(options.models, tasks, strict=True):
+    for row in rows:
+        parameters = row[0].parameters
         pipeline = GenerativePipeline(
-            model,
-            preset=options.preset,
-            dataset=options.dataset,
-            out=options.out,
+            row[0].source.stem,
+            preset=parameters["preset"],
+            dataset=parameters["dataset"],
+            out=row[0].target.parent,
             device="cpu",  # nothing is computed here
-            **options.settings,
+            **parameters["settings"],
         )
         pipeline.extractor()
         for seed, task in enumerate(row):
@@ -155,19 +182,30 @@ def plan(options: argparse.Namespace) -> tuple[list[Task], list[Task]]:
     return done, sorted(to_do, key=lambda task: task.parameters["seed"])
 
 
-def _run_task(options: argparse.Namespace, model: str, seed: int) -> Task:
-    folder = run_folder(options.out, model, options.preset, seed)
-    parameters = {
-        "preset": options.preset,
-        "dataset": options.dataset,
-        "seed": seed,
-        "out": _portable(folder),
-        "device": options.device,
-        "settings": options.settings,
-    }
+def _tasks(
+    options: argparse.Namespace,
+    model: str,
+    preset: str,
+    settings: dict,
+    folder: Path,
+    change: str = "",
+) -> list[Task]:
+    """One run for each seed, in folder/seedK. change: what the settings are called, if anything."""
     source = ROOT / "notebooks" / f"{model}.ipynb"
-    name = f"{model} {options.preset} seed {seed}"
-    return Task(name, source, folder / "notebook.ipynb", parameters)
+    name = f"{model} {preset}, {change}," if change else f"{model} {preset}"
+    tasks = []
+    for seed in range(options.seeds):
+        out = folder / f"seed{seed}"
+        parameters = {
+            "preset": preset,
+            "dataset": options.dataset,
+            "seed": seed,
+            "out": _portable(out),
+            "device": options.device,
+            "settings": settings,
+        }
+        tasks.append(Task(f"{name} seed {seed}", source, out / "notebook.ipynb", parameters))
+    return tasks
 
 
 def _compare_task(options: argparse.Namespace) -> Task:
@@ -199,6 +237,15 @@ def _check_parameters(task: Task) -> None:
         )
 
 
+def _settings(record: dict) -> dict:
+    """What a run's config was, in the types of a config, without what the data decides."""
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in record["config"].items()
+        if name not in ("n_classes", "image_channels")
+    }
+
+
 def _is_whole(path: Path) -> bool:
     """Whether an executed notebook is there, from its first cell to its last."""
     try:
@@ -207,6 +254,87 @@ def _is_whole(path: Path) -> bool:
         return False
     state = notebook.metadata.get("papermill", {})
     return state.get("exception") is None and state.get("end_time") is not None
+
+
+# ---------------------------------------------------------------------------------------------
+# Ablations
+# ---------------------------------------------------------------------------------------------
+
+
+def _check_ablations(options: argparse.Namespace) -> None:
+    for name in ("preset", "set", "remeasure"):
+        if getattr(options, name):
+            raise InputError(
+                f"--{name} does not go with --ablations, whose rows have presets and settings of "
+                "their own; leave one of the two out"
+            )
+    if options.ablations not in GRIDS:
+        raise InputError(f"unknown grid {options.ablations!r}; known are {', '.join(GRIDS)}")
+    known = dict.fromkeys(row.model for row in GRIDS[options.ablations])
+    options.models = list(dict.fromkeys(options.models or known))
+    for model in options.models:
+        if model not in known:
+            raise InputError(
+                f"the grid {options.ablations} has no row for the model {model!r}; "
+                f"it has rows for {', '.join(known)}"
+            )
+
+
+def ablation_tasks(options: argparse.Namespace) -> list[list[Task]]:
+    """For each row of the grid, of the models asked for, its runs, one for each seed."""
+    return [
+        _tasks(
+            options,
+            row.model,
+            row.preset,
+            row.settings,
+            _ablation_folder(options, row),
+            row.name if row.settings else "",
+        )
+        for row in GRIDS[options.ablations]
+        if row.model in options.models
+    ]
+
+
+def _ablation_folder(options: argparse.Namespace, row: Ablation) -> Path:
+    """Where the row's seeds lie. A row that changes nothing has the runs of the suite itself."""
+    if not row.settings:
+        return run_folder(options.out, row.model, row.preset, 0).parent
+    slug = re.sub("[^a-z0-9.]+", "-", row.name.lower())
+    grid = options.out / "ablations" / options.ablations
+    return grid / f"{row.model}-{row.preset}-{slug}"
+
+
+def ablation_records(options: argparse.Namespace) -> list[tuple[Ablation, list[dict]]]:
+    """Each row of the grid with the records that it has by now, of any number of seeds.
+
+    Raises InputError for a record with other settings, such as one from before the grid changed.
+    """
+    found = []
+    for row in GRIDS[options.ablations]:
+        folder = _ablation_folder(options, row)
+        records = collect(folder)
+        wanted = dataclasses.asdict(make_config(row.model, row.preset, **row.settings))
+        for record in records:
+            if any(wanted.get(name) != value for name, value in _settings(record).items()):
+                raise InputError(
+                    f"{folder} holds a run with other settings than the row {row.name!r} of "
+                    f"{row.model} in the grid {options.ablations}; move it away"
+                )
+        found.append((row, records))
+    return found
+
+
+def compare_ablations(options: argparse.Namespace) -> list[tuple[Path, str]]:
+    """Write table.md, table.csv and ablations.png of the grid; returns what there is to open."""
+    folder = options.out / "ablations" / options.ablations
+    rows = ablation_table(ablation_records(options))
+    write_ablation_table(rows, folder)
+    figures.save(figures.ablations(rows), folder / "ablations.png")
+    return [
+        (folder / "table.md", "every row of the grid against its baseline"),
+        (folder / "ablations.png", "the same as a picture"),
+    ]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -241,11 +369,7 @@ def _remeasure_run(record: dict, source: Path, options: argparse.Namespace) -> s
     if not weights.is_file():
         raise InputError(f"{weights} was not kept; train this run again")
     preset = dataclasses.asdict(make_config(*run[:2]))
-    settings = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in record["config"].items()
-        if name not in ("n_classes", "image_channels")  # the data's
-    }
+    settings = _settings(record)
     pipeline = GenerativePipeline(
         run[0],
         preset=run[1],
@@ -449,7 +573,8 @@ def describe(record: Path) -> str:
     return f"{words}KID {metrics['kid']:.4g}"
 
 
-def _print_files(options: argparse.Namespace, comparison: Task) -> None:
+def _files(options: argparse.Namespace, comparison: Task) -> list[tuple[Path, str]]:
+    """What there is to open after the comparison of the models, with a few words each."""
     out = options.out
     found = [(path, "table") for path in sorted(out.glob("results*.md"))]
     found += [(out / "comparison.png", "real cells and every model's, side by side")]
@@ -458,6 +583,10 @@ def _print_files(options: argparse.Namespace, comparison: Task) -> None:
         folder = run_folder(out, model, options.preset, 0)
         found += [(folder / "notebook.ipynb", f"{model}, explained and executed")]
         found += [(folder / "samples.png", f"{model}'s cells beside real ones")]
+    return found
+
+
+def _print_files(found: list[tuple[Path, str]]) -> None:
     found = [(_short(path), words) for path, words in found if path.exists()]
     width = max((len(path) for path, _ in found), default=0)
     print("\nOpen:")
@@ -474,15 +603,19 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     print("checking parameters, data and extractor …", flush=True)
     check(options)
-    comparison = _compare_task(options)
-    _check_parameters(comparison)
-    if options.remeasure:
-        failures = remeasure(options)
-        cause = Runner(jobs=1).execute(comparison)
-        if cause:
-            failures[comparison.name] = cause
-        return _report_failures(failures)
-    done, to_do = plan(options)
+    if options.ablations:
+        ablation_records(options)  # a run of other settings is told now, not after the trainings
+        done, to_do = plan(ablation_tasks(options))
+    else:
+        comparison = _compare_task(options)
+        _check_parameters(comparison)
+        if options.remeasure:
+            failures = remeasure(options)
+            cause = Runner(jobs=1).execute(comparison)
+            if cause:
+                failures[comparison.name] = cause
+            return _report_failures(failures)
+        done, to_do = plan(suite_tasks(options))
     for task in done:
         print(f"{task.name}: {describe(task.record)} (finished before)")
     print(
@@ -492,7 +625,8 @@ def main(arguments: list[str] | None = None) -> int:
     # An end by SIGTERM must pass through the clean-up, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     failures = run_all(to_do, options.jobs) if to_do else {}
-    if any(task.record.exists() for task in done + to_do):
+    measured = any(task.record.exists() for task in done + to_do)
+    if measured and not options.ablations:
         print("comparing the models …", flush=True)
         runner = Runner(jobs=1)
         try:
@@ -501,12 +635,18 @@ def main(arguments: list[str] | None = None) -> int:
             runner.stop()
         if cause:
             failures[comparison] = cause
-        _print_files(options, comparison)
+        _print_files(_files(options, comparison))
     for task in failures:
         failed = task.target.with_name("failed.ipynb")
         if failed.exists():
             failures[task] += f" (see {_short(failed)})"
-    return _report_failures({task.name: cause for task, cause in failures.items()})
+    causes = {task.name: cause for task, cause in failures.items()}
+    if measured and options.ablations:
+        try:
+            _print_files(compare_ablations(options))
+        except InputError as error:  # the failed runs are to be named all the same
+            causes["table of the grid"] = str(error)
+    return _report_failures(causes)
 
 
 def _report_failures(causes: dict[str, str]) -> int:

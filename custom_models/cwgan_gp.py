@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from custom_models import residual_cwgan_gp
 from custom_models.config import ModelConfig
 from custom_models.layers import init_dcgan
 
@@ -39,12 +40,16 @@ class Config(ModelConfig):
         """Every critic update sees its own real images: an epoch is one pass of the critic."""
         return self.batch_size * self.critic_steps
 
+    def networks(self) -> tuple["Generator", "Critic"]:
+        return Generator(self).apply(init_dcgan), Critic(self)
+
     def build(self) -> "Model":
         return Model(self)
 
 
 PRESETS = {
     "baseline": Config(),
+    "best": residual_cwgan_gp.Config(),
     # Fewer critic updates, larger steps and a running mean of the weights, for two CPU cores: a
     # reduced budget, not a result.
     "small": replace(Config(), critic_steps=2, lr=3e-4, ema_decay=0.995, epochs=30),
@@ -127,9 +132,7 @@ class Model(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.generator = Generator(config)
-        self.generator.apply(init_dcgan)
-        self.critic = Critic(config)
+        self.generator, self.critic = config.networks()
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         config = self.config

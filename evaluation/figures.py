@@ -379,3 +379,45 @@ def suspicious_pairs(suspects: Suspects) -> Figure:
             words = f"{near:.1f} / {far:.1f}" + (f" = {near / far:.2f}" if far else "")
             axis.text(0.5, -0.03, words, transform=axis.transAxes, ha="center", va="top", size=7)
     return figure
+
+
+# ---------------------------------------------------------------------------------------------
+# Ablations: rows of tables.ablation_table
+# ---------------------------------------------------------------------------------------------
+
+
+def ablations(rows: list[dict]) -> Figure:
+    """A panel for each model: a dot with a bar of ± sd for each row, the baseline as a line.
+
+    rows: of `tables.ablation_table`; one without a distance has no dot. Each panel has an axis of
+    its own, which need not begin at zero.
+    """
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(row["model"], []).append(row)
+    heights = [len(group) for group in groups.values()]
+    with matplotlib.rc_context(STYLE):
+        size = (6, 0.24 * len(rows) + 0.55 * len(groups) + 0.3)
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(len(groups), 1, height_ratios=heights, squeeze=False).flatten()
+        for axis, (model, group) in zip(axes, groups.items()):
+            for place, row in enumerate(group):
+                mean, sd = row["frechet_mean"], row["frechet_sd"]
+                if mean is None:
+                    continue
+                axis.errorbar(mean, place, xerr=sd, fmt="o", color=COLOURS[0], capsize=3)
+                if row["ablation"] == "baseline":
+                    axis.axvline(mean, color="black", linewidth=1, linestyle="--", zorder=0)
+            names = [
+                row["ablation"] + (" (not measured)" if row["frechet_mean"] is None else "")
+                for row in group
+            ]
+            axis.set_ylim(len(group) - 0.5, -0.5)
+            axis.set_yticks(range(len(group)), names)
+            axis.tick_params("y", length=0)
+            axis.set_title(model, fontsize=9, loc="left")
+            axis.xaxis.set_major_formatter(PLAIN)
+            if all(row["frechet_mean"] is None for row in group):
+                axis.set_xticks([])
+        axes[-1].set_xlabel(f"{rows[0]['distance_name']}, mean ± sd; dashed: baseline")
+    return figure

@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from custom_models.ablations import Ablation
 from evaluation.protocol import Protocol
 from utils import ImageSet, InputError, exit_on_bad_input, find_duplicates, write_atomically
 
@@ -68,6 +69,7 @@ TRUST = (
     Column("ct", ("copies", "ct"), "C_T", ".1f", ".1f"),
 )
 COLUMNS = QUALITY + TRUST
+ABLATION = tuple(c for c in QUALITY if c.name in ("frechet", "kid", "precision", "recall"))
 PER_CLASS = ("kid", "precision", "recall", "agreement")
 
 
@@ -180,6 +182,84 @@ def write_per_class_table(rows: list[dict], folder: str | Path, stem: str) -> No
             f"| {row['n_real']:,} | {row['n_fake']:,} | {cells} |"
         )
     _write(rows, "\n".join(lines) + "\n", Path(folder) / stem)
+
+
+def ablation_table(runs: list[tuple[Ablation, list[dict]]]) -> list[dict]:
+    """One row for each change of a grid: mean ± sd (ddof = 1) over seeds, and the difference.
+
+    runs: every row of the grid with the records of its trainings, an empty list where it was not
+    run (its numbers are None then). difference: the mean Fréchet distance minus that of the
+    model's row named "baseline"; None for that row itself and where either is missing. Budgets may
+    differ, since epochs may be what a row changes; `images_seen` tells. Raises InputError where
+    there are no records at all, for mixed protocols, for a seed that comes twice and for runs of
+    one row with different configurations.
+    """
+    metrics = [record["metrics"] for _, records in runs for record in records]
+    if not metrics:
+        raise InputError("no run of this grid is there; train one of its rows first")
+    _check_same_protocol(metrics)
+    rows = [_ablation_row(ablation, records, metrics[0]) for ablation, records in runs]
+    baselines = {r["model"]: r["frechet_mean"] for r in rows if r["ablation"] == "baseline"}
+    for row in rows:
+        mean, baseline = row["frechet_mean"], baselines[row["model"]]
+        missing = row["ablation"] == "baseline" or None in (mean, baseline)
+        row["difference"] = None if missing else mean - baseline
+    return rows
+
+
+def _ablation_row(ablation: Ablation, records: list[dict], metrics: dict) -> dict:
+    """metrics: of any run in the table, for the protocol, which all of them share."""
+    model, preset, protocol = ablation.model, ablation.preset, Protocol(**metrics["protocol"])
+    if records:
+        _check_trainings(f"{model} {preset}, {ablation.name}", records)
+    return {
+        "model": model,
+        "preset": preset,
+        "ablation": ablation.name,
+        "settings": json.dumps(ablation.settings),
+        "what": ablation.what,
+        **_columns(model, preset, protocol.dataset, metrics),
+        "seeds": len(records),
+        "images_seen": records[0]["images_seen"] if records else None,
+        **_means([record["metrics"] for record in records], ABLATION),
+        "devices": ", ".join(sorted({record["device"] for record in records})),
+        "note": protocol.frechet_warning if records else "not measured",
+    }
+
+
+def write_ablation_table(rows: list[dict], folder: str | Path) -> None:
+    """Write the rows of `ablation_table` as table.csv and table.md into `folder`."""
+    titles = [column.title or rows[0]["distance_name"] for column in ABLATION]
+    titles[1:1] = ["Difference"]
+    lines = [
+        f"| Model | Change | What it is | Seeds | Images seen | {' | '.join(titles)} |",
+        "|---|---|---|---:|---:|" + "---:|" * len(titles),
+    ]
+    for row in rows:
+        cells = [_cell(row, column) for column in ABLATION]
+        if row["note"].startswith("not measured"):
+            cells[0] = row["note"]
+        cells[1:1] = [_number(row["difference"], "+.1f")]
+        lines.append(
+            f"| {row['model']} | {row['ablation']} | {row['what'] or '–'} | {row['seeds']} "
+            f"| {_number(row['images_seen'], ',')} | {' | '.join(cells)} |"
+        )
+    parts = [
+        "Ablations: changed settings, each against the baseline of the same model. The table of "
+        "results is another one.",
+        "\n".join(lines),
+        _rules(rows[0]),
+        "Difference: of a row's mean distance from its baseline's. Two rows whose means lie closer "
+        "together than their standard deviations can't be told apart by these runs.",
+        *_notes(rows),
+    ]
+    devices = sorted({row["devices"] for row in rows if row["devices"]})
+    if len(devices) > 1:
+        parts.append(
+            f"Not all rows were trained on the same device ({'; '.join(devices)}), and devices "
+            "train at different precision."
+        )
+    _write(rows, "\n\n".join(parts) + "\n", Path(folder) / "table")
 
 
 def run_table(record: dict) -> str:
@@ -299,18 +379,22 @@ def _check_same_protocol(metrics: list[dict]) -> None:
             )
 
 
-def _row(model: str, preset: str, dataset: str, group: list[dict]) -> dict:
+def _check_trainings(name: str, group: list[dict]) -> None:
+    """Refuse a mean over anything but trainings of one configuration with a seed each."""
     seeds = [record["seed"] for record in group]
     if len(set(seeds)) < len(seeds):
         raise InputError(
-            f"{model} {preset} on {dataset}: seeds {sorted(seeds)} hold one twice; "
+            f"{name}: seeds {sorted(seeds)} hold one twice; "
             "every run in a mean must be a training of its own"
         )
     if any(record["config"] != group[0]["config"] for record in group):
         raise InputError(
-            f"{model} {preset} on {dataset}: its runs have different configurations; "
-            "remove those of the older one"
+            f"{name}: its runs have different configurations; remove those of the older one"
         )
+
+
+def _row(model: str, preset: str, dataset: str, group: list[dict]) -> dict:
+    _check_trainings(f"{model} {preset} on {dataset}", group)
     metrics = [record["metrics"] for record in group]
     protocol = Protocol(**metrics[0]["protocol"])
     note, shown = protocol.frechet_warning, metrics
@@ -393,10 +477,10 @@ def _columns(model: str, preset: str, dataset: str, metrics: dict) -> dict:
     }
 
 
-def _means(metrics: list[dict]) -> dict:
+def _means(metrics: list[dict], columns: tuple[Column, ...] = COLUMNS) -> dict:
     """Mean and sd of every column; None where a run lacks the metric."""
     row = {}
-    for column in COLUMNS:
+    for column in columns:
         row |= _mean_and_sd(column.name, [_at(m, column.path) for m in metrics])
     return row
 
@@ -418,23 +502,30 @@ def _mean_and_sd(name: str, values: list[float | None]) -> dict:
     }
 
 
-def _markdown(rows: list[dict]) -> str:
-    first = rows[0]
-    rules = (
-        f"{first['dataset']} at {first['image_size']} pixels: {first['n_fake']:,} images with "
-        f"{first['label_distribution']} against the {first['n_real']:,} of the "
-        f"{first['reference_split']} split; features of {first['extractor']} (sha256 "
-        f"{first['extractor_sha256'][:8]}); k = {first['k']}; mean ± sd over seeds; protocol "
-        f"{first['protocol']}."
+def _rules(row: dict) -> str:
+    """The protocol that all rows of a table share, in words."""
+    return (
+        f"{row['dataset']} at {row['image_size']} pixels: {row['n_fake']:,} images with "
+        f"{row['label_distribution']} against the {row['n_real']:,} of the "
+        f"{row['reference_split']} split; features of {row['extractor']} (sha256 "
+        f"{row['extractor_sha256'][:8]}); k = {row['k']}; mean ± sd over seeds; protocol "
+        f"{row['protocol']}."
     )
-    parts = [_one_table(rows, QUALITY, first["distance_name"]), rules]
+
+
+def _notes(rows: list[dict]) -> list[str]:
+    """What is said below a table: each note once, without those that stand in the rows."""
+    notes = {row["note"] for row in rows if row["note"]}
+    return [f"{note}." for note in sorted(notes) if not note.startswith("not measured")]
+
+
+def _markdown(rows: list[dict]) -> str:
+    parts = [_one_table(rows, QUALITY, rows[0]["distance_name"]), _rules(rows[0])]
     trust = [c for c in TRUST if any(row[f"{c.name}_mean"] is not None for row in rows)]
     if trust:
         parts += ["Other eyes, classes and copies:", _one_table(rows, trust, verdict=True)]
         parts.append(" ".join(TRUST_WORDS[c.name] for c in trust if c.name in TRUST_WORDS))
-    notes = {row["note"] for row in rows if row["note"]}
-    parts += [f"{note}." for note in sorted(notes) if not note.startswith("not measured")]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts + _notes(rows)) + "\n"
 
 
 TRUST_WORDS = {

@@ -1,5 +1,6 @@
 """The whole suite at one epoch on the demo cells, with what can go wrong in it."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,7 +13,8 @@ import nbformat
 import pytest
 
 import run_suite
-from custom_models import MODELS
+from custom_models import MODELS, cvae
+from custom_models.ablations import GRIDS, Ablation
 from run_suite import Runner, Task
 from utils import InputError
 
@@ -116,6 +118,32 @@ def test_finished_suite_is_skipped(second, monkeypatch, capsys):
     assert run_suite.main([*TINY, "--out", str(out)]) == 0
     assert executed == ["comparison"]
     assert "4 runs: 4 finished before, 0 to do" in capsys.readouterr().out
+
+
+def test_a_row_of_a_grid_is_an_executed_notebook(second, monkeypatch, capsys):
+    """With its own settings; the suite's own run is the baseline."""
+    out, _, _ = second
+    rows = (
+        Ablation("baseline", "cvae", "quick"),
+        Ablation("narrow", "cvae", "quick", {"channels": (8, 16), "epochs": 1}, "fewer channels"),
+    )
+    monkeypatch.setitem(GRIDS, "tiny", rows)
+    short = dataclasses.replace(cvae.PRESETS["quick"], epochs=1)  # as the suite's run was
+    monkeypatch.setitem(cvae.PRESETS, "quick", short)
+    arguments = ["--dataset", "demo", "--extractor", "demo", "--device", "cpu", "--seeds", "1"]
+    assert run_suite.main(["--ablations", "tiny", *arguments, "--out", str(out)]) == 0
+    assert "2 runs: 1 finished before, 1 to do" in capsys.readouterr().out
+    folder = out / "ablations" / "tiny"
+    run = folder / "cvae-quick-narrow" / "seed0"
+    assert run_suite._is_whole(run / "notebook.ipynb")
+    assert json.loads((run / "record.json").read_text())["config"]["channels"] == [8, 16]
+    distances = [
+        json.loads((place / "record.json").read_text())["metrics"]["frechet_distance"]
+        for place in (run_of(out, "cvae"), run)
+    ]
+    table = (folder / "table.md").read_text()
+    assert f"| {distances[1]:.1f} ± – | {distances[1] - distances[0]:+.1f} |" in table
+    assert (folder / "ablations.png").stat().st_size > 0
 
 
 def test_kept_weights_are_measured_with_another_extractor(second, tiny_extractor, tmp_path):

@@ -1,0 +1,140 @@
+"""The `best` preset of the cWGAN-GP: the same loss, Gulrajani et al. 2017, "Improved Training of
+Wasserstein GANs" (equation numbers are those of the paper), with its residual networks
+(appendix C), class-conditional batch norm in the generator (Dumoulin et al. 2017, "A Learned
+Representation for Artistic Style") and a projection critic (Miyato and Koyama 2018, "cGANs with
+Projection Discriminator"). `cwgan_gp.Model` trains them.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from custom_models.config import ModelConfig
+from custom_models.layers import JPEG, ResidualBlock
+from utils import random_flips_and_turns
+
+
+@dataclass(frozen=True)
+class Config(ModelConfig):
+    latent_dim: int = 64
+    generator_channels: tuple = (128, 64, 32)  # at a quarter of the side, at half, at the whole
+    critic_channels: tuple = (32, 64, 128)  # the other way round
+    critic_steps: int = 2  # critic updates to one of the generator
+    gradient_penalty: float = 10.0  # λ of equation (3)
+    lr: float = 3e-4
+    beta1_critic: float = 0.0  # of Adam
+    beta1_generator: float = 0.0
+    beta2: float = 0.9
+    jpeg_quality: int = 75  # of the data set's files; 0: it was not stored as JPEG
+    batch_size: int = 64
+    epochs: int = 40
+    ema_decay: float = 0.999
+    flips_and_turns: bool = True
+    validation_epochs: int = 4
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("latent_dim", "critic_steps"):
+            self.require(getattr(self, name) >= 1, name, "at least 1")
+        self.require(len(self.generator_channels) == 3, "generator_channels", "three widths")
+        self.require(len(self.critic_channels) == 3, "critic_channels", "three widths")
+        self.require(self.gradient_penalty >= 0, "gradient_penalty", "at least 0")
+        self.require(0 <= self.jpeg_quality <= 100, "jpeg_quality", "from 0 to 100")
+
+    @property
+    def images_per_step(self) -> int:
+        """Every critic update sees its own real images: an epoch is one pass of the critic."""
+        return self.batch_size * self.critic_steps
+
+    def networks(self) -> tuple["Generator", "Critic"]:
+        return Generator(self), Critic(self)
+
+    def build(self) -> nn.Module:
+        """The baseline's losses and updates, with these networks."""
+        from custom_models.cwgan_gp import Model  # a file that imports this one
+
+        return Model(self)
+
+
+class ConditionalBatchNorm(nn.Module):
+    """Batch norm with a scale and a shift for each class."""
+
+    def __init__(self, width: int, n_classes: int):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(width, affine=False)
+        self.scale = nn.Embedding(n_classes, width)
+        self.shift = nn.Embedding(n_classes, width)
+        nn.init.ones_(self.scale.weight)
+        nn.init.zeros_(self.shift.weight)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        scale, shift = self.scale(labels), self.shift(labels)
+        return self.norm(x) * scale[:, :, None, None] + shift[:, :, None, None]
+
+
+class UpBlock(nn.Module):
+    """Doubles the side (appendix C): x enlarged and projected, plus two convolutions."""
+
+    def __init__(self, inputs: int, outputs: int, n_classes: int):
+        super().__init__()
+        self.norms = nn.ModuleList(ConditionalBatchNorm(w, n_classes) for w in (inputs, outputs))
+        self.first = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.second = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        y = F.interpolate(F.relu(self.norms[0](x, labels)), scale_factor=2)
+        y = self.second(F.relu(self.norms[1](self.first(y), labels)))
+        return F.interpolate(self.shortcut(x), scale_factor=2) + y
+
+
+class Generator(nn.Module):
+    """z [N, latent_dim] and labels [N] → images in [-1, 1], [N, C, S, S]."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        first, last = config.generator_channels[0], config.generator_channels[-1]
+        self.turn = config.flips_and_turns
+        self.size, side = config.image_size, -(-config.image_size // 4)
+        self.start = nn.Sequential(
+            nn.Linear(config.latent_dim, first * side**2), nn.Unflatten(1, (first, side, side))
+        )
+        self.blocks = nn.ModuleList(
+            UpBlock(i, o, config.n_classes) for i, o in pairwise(config.generator_channels)
+        )
+        self.norm = nn.BatchNorm2d(last)
+        self.out = nn.Conv2d(last, config.image_channels, 3, padding=1)
+        self.jpeg = JPEG(config.jpeg_quality) if config.jpeg_quality else nn.Identity()
+
+    def forward(self, latents: Tensor, labels: Tensor) -> Tensor:
+        x = self.start(latents)
+        for block in self.blocks:
+            x = block(x, labels)
+        x = F.relu(self.norm(x[:, :, : self.size, : self.size]))
+        images = self.jpeg(self.out(x).tanh())
+        # In training the real images are turned, and the blocks of their JPEG with them.
+        return random_flips_and_turns(images) if self.training and self.turn else images
+
+
+class Critic(nn.Module):
+    """Images in [-1, 1] and labels [N] → scores [N], higher for real ones."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        widths = config.critic_channels
+        layers = [nn.Conv2d(config.image_channels, widths[0], 3, padding=1), nn.LeakyReLU(0.2)]
+        for width, following in pairwise(widths):
+            layers.append(nn.Conv2d(width, following, 4, stride=2, padding=1))
+            layers.append(ResidualBlock(following))
+        side = config.image_size // 2 // 2
+        layers += [nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(widths[-1] * side**2, 128)]
+        self.features = nn.Sequential(*layers, nn.LeakyReLU(0.2))
+        self.score = nn.Linear(128, 1)
+        self.embedding = nn.Embedding(config.n_classes, 128)
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        features = self.features(images)
+        # Projection: an unconditional score plus the features' part along the class.
+        return self.score(features).flatten() + (self.embedding(labels) * features).sum(1)
