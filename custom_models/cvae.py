@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from custom_models import jpeg_vae
 from custom_models.config import ModelConfig
 
 
@@ -36,6 +37,7 @@ class Config(ModelConfig):
 
 PRESETS = {
     "baseline": Config(),
+    "best": jpeg_vae.Config(),
     "quick": replace(Config(), epochs=20, batch_size=64),
 }
 
