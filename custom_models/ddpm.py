@@ -177,6 +177,10 @@ class Model(nn.Module):
             return self.ddim(noise, config.sampling_steps)
         return self.ancestral(noise, config.variance, generator)
 
+    def in_steps(self, labels: Tensor, noise: Tensor, steps: int) -> Tensor:
+        """Images from given noise of variance 1 by DDIM; the labels are not used."""
+        return self.ddim(noise, steps)
+
     def ancestral(self, x: Tensor, variance: str, generator: torch.Generator) -> Tensor:
         """Algorithm 2, from x_T ~ N(0, I), with σ_t² = β_t or β̃_t (section 3.2)."""
         for t in reversed(range(self.config.timesteps)):

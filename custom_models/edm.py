@@ -341,13 +341,19 @@ class Model(nn.Module):
         """Images of these classes by the configured sampler; [-1, 1], [N, C, S, S]."""
         config = self.config
         shape = (len(labels), config.image_channels, config.image_size, config.image_size)
-        sigmas = karras_sigmas(
-            config.sampling_steps, config.sigma_min, config.sigma_max, config.rho
-        ).to(labels.device)
-        noise = sigmas[0] * torch.randn(shape, generator=generator, device=labels.device)
-        images = SAMPLERS[config.sampler](
-            lambda x, sigma: self.guided(x, sigma, labels), noise, sigmas
-        )
+        noise = torch.randn(shape, generator=generator, device=labels.device)
+        return self.in_steps(labels, noise, config.sampling_steps)
+
+    def in_steps(self, labels: Tensor, noise: Tensor, steps: int) -> Tensor:
+        """Images of these classes from given noise of variance 1, in any number of steps."""
+        config = self.config
+        sigmas = karras_sigmas(steps, config.sigma_min, config.sigma_max, config.rho)
+        sigmas = sigmas.to(labels.device)
+
+        def model(x: Tensor, sigma: Tensor) -> Tensor:
+            return self.guided(x, sigma, labels)
+
+        images = SAMPLERS[config.sampler](model, sigmas[0] * noise, sigmas)
         return self.jpeg(images.clamp(-1, 1))
 
     def guided(self, x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:

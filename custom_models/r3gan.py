@@ -22,17 +22,19 @@ class Config(ModelConfig):
     latent_dim: int = 64
     generator_channels: tuple = (96, 64, 32)  # at a quarter of the side, at half, at the whole
     discriminator_channels: tuple = (32, 64, 96)  # the other way round
-    gamma: float = 1.0  # weight of both penalties
-    penalty_interval: int = 4  # steps between penalties, which then weigh as much more
-    lr: float = 5e-4
+    gamma: float = 1.0  # weight of both penalties at first
+    gamma_end: float = 0.1  # and after `anneal_images`; between them it falls geometrically
+    anneal_images: int = 240_000
+    penalty_interval: int = 2  # steps between penalties, which then weigh as much more
+    lr: float = 4e-4
     beta1: float = 0.0  # of Adam
     beta2: float = 0.99
     jpeg_quality: int = 75  # of the data set's files; 0: it was not stored as JPEG
     batch_size: int = 64
-    epochs: int = 40
+    epochs: int = 24
     ema_decay: float = 0.999
     flips_and_turns: bool = True
-    validation_epochs: int = 4
+    validation_epochs: int = 3
 
     def __post_init__(self):
         super().__post_init__()
@@ -40,7 +42,9 @@ class Config(ModelConfig):
         for name in ("generator_channels", "discriminator_channels"):
             self.require(len(getattr(self, name)) == 3, name, "three widths")
         self.require(self.image_size >= 8, "image_size", "at least 8")
-        self.require(self.gamma >= 0, "gamma", "at least 0")
+        for name in ("gamma", "gamma_end"):
+            self.require(getattr(self, name) > 0, name, "above 0")
+        self.require(self.anneal_images >= 1, "anneal_images", "at least 1")
         self.require(self.penalty_interval >= 1, "penalty_interval", "at least 1")
         self.require(0 <= self.jpeg_quality <= 100, "jpeg_quality", "from 0 to 100")
 
@@ -140,7 +144,7 @@ class Model(nn.Module):
                 gradients = torch.autograd.grad(margin.sum(), [x, y], create_graph=True)
                 r1, r2 = (config.penalty_interval * (g**2).sum((1, 2, 3)).mean() for g in gradients)
         optimizers["discriminator"].zero_grad(set_to_none=True)
-        (loss_d + config.gamma / 2 * (r1 + r2)).backward()
+        (loss_d + self.gamma(n) / 2 * (r1 + r2)).backward()
         optimizers["discriminator"].step()
 
         self.discriminator.requires_grad_(False)
@@ -152,6 +156,12 @@ class Model(nn.Module):
         optimizers["generator"].step()
         self.discriminator.requires_grad_(True)
         return {"loss_d": loss_d, "loss_g": loss_g, "margin": margin.mean(), "r1": r1, "r2": r2}
+
+    def gamma(self, batch_size: int) -> float:
+        """The penalties' weight now: large while generated images are far off, then smaller."""
+        config = self.config
+        done = min(1.0, int(self.steps) * batch_size / config.anneal_images)
+        return config.gamma ** (1 - done) * config.gamma_end**done
 
     @torch.no_grad()
     def sample(self, labels: Tensor, generator: torch.Generator) -> Tensor:

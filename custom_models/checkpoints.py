@@ -1,0 +1,378 @@
+"""Shipped checkpoints: a model in one small file, which draws images without training or data.
+
+    python -m custom_models.checkpoints ship     # every finished `best` run → results/checkpoints
+    python -m custom_models.checkpoints draw     # a grid of each shipped model → samples
+
+A checkpoint is three files: MODEL-PRESET.safetensors (the float16 weights that were measured, and
+what they are), .json (the run's record and the sha256 of the weights' file) and .md (the model
+card, whose numbers are the record's).
+"""
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+
+import safetensors
+import torch
+from matplotlib.figure import Figure
+from safetensors.torch import save
+from torch import nn
+
+from custom_models import MODELS, make_config
+from evaluation import figures, tables
+from generative_pipeline import SAMPLE_BATCH, WEIGHTS_FORMAT, derive_seed, run_folder
+from utils import (
+    InputError,
+    OneSentenceParser,
+    class_balanced_labels,
+    exit_on_bad_input,
+    progress,
+    to_uint8,
+    write_atomically,
+)
+
+FORMAT = 1
+PRESET, SEED = "best", 0
+LARGEST = 25_000_000  # bytes
+
+KINDS = {
+    "cvae": "a variational autoencoder",
+    "dcgan": "a generative adversarial network",
+    "ddpm": "a diffusion model",
+    "cwgan_gp": "a Wasserstein GAN with gradient penalty",
+}
+# By data set: where the cells come from and their licence, then what this means for the model.
+PBC_LIMITS = (
+    "The cells were stained and photographed in one hospital; nothing is known of other "
+    "laboratories, stains or diseases. The files carry no patient identity, so cells of one "
+    "patient may lie on both sides of the split."
+)
+DATA = {
+    "bloodmnist": (
+        "BloodMNIST (Yang et al. 2023), made from PBC (Acevedo et al. 2020; Mendeley data "
+        "snkd93bnjr), the cells of Hospital Clínic de Barcelona. Licence of the data: CC BY 4.0, "
+        "so name its authors.",
+        PBC_LIMITS,
+    ),
+    "pbc": (
+        "PBC (Acevedo et al. 2020; Mendeley data snkd93bnjr), the cells of Hospital Clínic de "
+        "Barcelona. Licence of the data: CC BY 4.0, so name its authors.",
+        PBC_LIMITS,
+    ),
+    "demo": (
+        "Cells drawn by a small seeded routine of this suite, no patient's. Licence: MIT, as the "
+        "code.",
+        "Drawn cells only show that the code runs; the images say nothing of real blood.",
+    ),
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------
+
+
+def ship(run: str | Path, out: str | Path) -> Path:
+    """Write the checkpoint of a finished run into the folder `out`; returns its .safetensors.
+
+    run: the run's folder, with weights.pt and record.json. The same run gives the same bytes.
+    Raises InputError where one of the two is missing or broken, where the record is not that of the
+    weights, and for a file of more than 25 MB.
+    """
+    state, record = _read_run(Path(run))
+    metrics = record["metrics"]
+    about = {
+        "format": FORMAT,
+        "model": record["model"],
+        "preset": record["preset"],
+        "seed": record["seed"],
+        "config": record["config"],
+        "classes": [row["class"] for row in metrics["floor"]["per_class"]],
+        "image_size": record["config"]["image_size"],
+        "dataset": record["dataset"]["name"],
+        "dataset_sha256": record["dataset"]["sha256"],
+        "code_version": record["versions"]["code"],
+    }
+    tensors = {name: value.contiguous() for name, value in state.items()}
+    # One entry: several would be written in another order each time.
+    data = save(tensors, {"checkpoint": json.dumps(about)})
+    path = Path(out) / f"{record['model']}-{record['preset']}.safetensors"
+    if len(data) > LARGEST:
+        raise InputError(
+            f"{path.name} would have {len(data) / 1e6:.1f} MB, more than the "
+            f"{LARGEST / 1e6:.0f} MB that are shipped; train a smaller model"
+        )
+
+    def write(partial: Path) -> None:
+        partial.write_bytes(data)
+        load_shipped(partial)
+
+    write_atomically(path, write)
+    sha256 = hashlib.sha256(data).hexdigest()
+    record["checkpoint"] = {"file": path.name, "sha256": sha256, "bytes": len(data)}
+    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(path.with_suffix(".json"), lambda p: p.write_text(text, encoding="utf-8"))
+    card = model_card(record)
+    write_atomically(path.with_suffix(".md"), lambda p: p.write_text(card, encoding="utf-8"))
+    return path
+
+
+def _read_run(run: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """The kept weights of a finished run and the record that was measured from them."""
+    weights = run / "weights.pt"
+    if not weights.is_file():
+        raise InputError(f"{run} holds no weights.pt; train the run to its end")
+    try:
+        kept = torch.load(weights, map_location="cpu", weights_only=True)
+    except Exception:  # a damaged file raises nearly anything
+        raise InputError(f"{weights} is broken; delete it and run the training again") from None
+    if not isinstance(kept, dict) or kept.get("format") != WEIGHTS_FORMAT:
+        raise InputError(f"{weights} is no weight file of this suite; give another run")
+    if not (run / "record.json").is_file():
+        raise InputError(f"{run} holds no record.json; measure the run first")
+    (record,) = tables.collect(run)
+    of_weights = {**kept["identity"], **kept["training"]}
+    of_record = {
+        **record,
+        **record["config"],
+        "dataset_sha256": record["dataset"]["sha256"],
+        "code_version": record.get("versions", {}).get("code"),
+    }
+    differing = [
+        f"{name} ({value!r} there, {of_record.get(name)!r} in the record)"
+        for name, value in of_weights.items()
+        if value != of_record.get(name)
+    ]
+    if differing:
+        raise InputError(
+            f"{run / 'record.json'} was not measured from {weights.name}: "
+            f"{', '.join(differing)}; delete the record and measure the run again"
+        )
+    return kept["state"], record
+
+
+def model_card(record: dict) -> str:
+    """What a shipped model is, was trained on, is worth and is for, as Markdown.
+
+    record: a run's record with `checkpoint` (file, sha256, bytes), as `ship` writes it.
+    """
+    model, preset, data, config = (record[key] for key in ("model", "preset", "dataset", "config"))
+    classes = [row["class"] for row in record["metrics"]["floor"]["per_class"]]
+    built = MODELS[model].PRESETS[preset]
+    source = type(built).__module__.replace(".", "/") + ".py"
+    conditional = "per_class" in record["metrics"]
+    asked = (
+        "It draws the class that it is asked for."
+        if conditional
+        else "It can't be asked for a class."
+    )
+    origin, limits = DATA[data["source"]]
+    size, file = config["image_size"], record["checkpoint"]["file"]
+    return f"""# {model} {preset}
+
+{KINDS[model].capitalize()} for images of single blood cells, {size}×{size} pixels with
+{config["image_channels"]} channels, of {len(classes)} classes: {", ".join(classes)}. {asked}
+Networks, loss and sampler are in `{source}`, which names the papers.
+{record["parameters"]:,} parameters; the file holds the weights that were chosen and measured, in
+float16 ({record["checkpoint"]["bytes"] / 1e6:.1f} MB, sha256 `{record["checkpoint"]["sha256"]}`).
+
+## Use
+
+From the root of the repository, `make samples` draws a grid. In Python:
+
+```python
+from custom_models.checkpoints import load_shipped, sample
+from utils import class_balanced_labels
+
+model, about = load_shipped("{file}")
+images = sample(model, class_balanced_labels({len(classes)}, 4), seed=0)  # uint8 [N, C, S, S]
+```
+
+## Data
+
+{origin} This model saw the {data["n"]:,} images of the {data["split"]} split of {data["name"]}
+(sha256 `{data["sha256"]}`). Identical pairs across splits: {data["duplicates_across_splits"]}.
+
+## Training
+
+- budget: {record["budget"]}, {record["images_seen"]:,} images seen in {record["steps"]:,} steps
+  ({config["epochs"]} epochs), seed {record["seed"]}; the weights are those of step
+  {record["kept_step"]:,}
+- EMA of the weights: {f"decay {config['ema_decay']}" if config["ema_decay"] else "none"}
+- time: {record["seconds"]:,.0f} seconds on {record["device"]}, {record["precision"]}
+- code: version {record["versions"]["code"]}, commit {record["git_commit"]}, torch
+  {record["versions"]["torch"]}
+
+## Numbers
+
+Of one training, measured from the weights in this file on {record["measured"]["device"]}. The
+tables in the README say how much other seeds differ.
+{tables.run_table(record)}
+Such a distance holds for this protocol and these features alone. A search without a sign of copies
+is no proof that there are none: a few can go unseen. The record, `{Path(file).stem}.json`, holds
+all numbers. On another device or version of torch a seed's images may differ in their last bits.
+
+## Intended use and limits
+
+For research on generative models and on their evaluation. Not for diagnosis, and not in the place
+of patients' cells where a medical product is tested. {limits}
+"""
+
+
+# ---------------------------------------------------------------------------------------------
+# Loading and drawing
+# ---------------------------------------------------------------------------------------------
+
+
+def load_shipped(path: str | Path) -> tuple[nn.Module, dict]:
+    """The model of a .safetensors file, in float32 on the CPU and in eval mode, and what it is.
+
+    The second are plain types: model, preset, seed, config, classes, image_size, dataset,
+    dataset_sha256, code_version. Raises InputError for a file that is missing, broken, of another
+    format, not that of the .json beside it, or whose tensors are not those of its model.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; `make checkpoints` writes the shipped ones")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
+            about = json.loads(file.metadata()["checkpoint"])
+        if about["format"] != FORMAT:
+            raise KeyError("format")
+    except (KeyError, TypeError):
+        raise InputError(
+            f"{path} is no checkpoint of format {FORMAT} of this suite; get it anew, or the "
+            "version of the suite that wrote it"
+        ) from None
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path} cannot be read as safetensors ({error}); get it anew") from None
+    _check_sha256(path)
+    try:
+        model = make_config(about["model"], about["preset"], **about["config"]).build()
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    expected = {
+        name: (torch.float16 if value.is_floating_point() else value.dtype, value.shape)
+        for name, value in model.state_dict().items()
+    }
+    for name in sorted({*expected, *tensors}):
+        found = (tensors[name].dtype, tensors[name].shape) if name in tensors else None
+        if found != expected.get(name):
+            raise InputError(
+                f"{path}: tensor {name} is {_describe(found)}, but the model's is "
+                f"{_describe(expected.get(name))}; get the file anew"
+            )
+    # The layout of a training's networks, in which their sums have the same order.
+    model.to(memory_format=torch.channels_last).load_state_dict(tensors)
+    return model.eval(), about
+
+
+def _describe(tensor: tuple[torch.dtype, torch.Size] | None) -> str:
+    return f"{str(tensor[0]).removeprefix('torch.')} {list(tensor[1])}" if tensor else "missing"
+
+
+def _check_sha256(path: Path) -> None:
+    """Refuse weights that are not those of the record beside them, if there is one."""
+    beside = path.with_suffix(".json")
+    if not beside.exists():
+        return
+    try:
+        expected = json.loads(beside.read_text(encoding="utf-8"))["checkpoint"]["sha256"]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{beside} is no record of a checkpoint; get it anew") from None
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != expected:
+        raise InputError(
+            f"{path} has the sha256 {found[:8]}…, {beside.name} beside it names {expected[:8]}…; "
+            "get both anew"
+        )
+
+
+def sample(model: nn.Module, labels: torch.Tensor, seed: int) -> torch.Tensor:
+    """One image for each label, uint8 [N, C, S, S]: those of `GenerativePipeline.sample` on a CPU.
+
+    labels: int64 [N]; an unconditional model uses only their number.
+    """
+    generator = torch.Generator().manual_seed(derive_seed(seed, "samples"))
+    batches = labels.split(SAMPLE_BATCH)
+    with torch.inference_mode():
+        return torch.cat([to_uint8(model.sample(batch, generator)) for batch in batches])
+
+
+def grid(model: nn.Module, about: dict, seed: int) -> Figure:
+    """Eight images of each class, a row a class; as many without classes from a model without.
+
+    model, about: as `load_shipped` returns them.
+    """
+    classes = about["classes"]
+    images = sample(model, class_balanced_labels(len(classes), figures.PER_CLASS), seed)
+    title = f"{about['model']} {about['preset']}, seed {seed}"
+    figure = figures.comparison({title: images}, len(classes), figures.PER_CLASS)
+    if model.conditional:
+        (axis,) = figure.axes
+        height = len(axis.images[0].get_array()) / len(classes)
+        for row, name in enumerate(classes):
+            axis.text(-12, (row + 0.5) * height, name, ha="right", va="center", fontsize=7)
+    return figure
+
+
+def draw(path: str | Path, out: str | Path, seed: int = SEED) -> None:
+    """Write the grid of a shipped model as a PNG. path, errors: as in `load_shipped`."""
+    figures.save(grid(*load_shipped(path), seed), out)
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = OneSentenceParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    shipping = commands.add_parser("ship", help="ship every finished `best` run, seed 0")
+    shipping.add_argument("--results", default="results", help="folder of the results (results)")
+    shipping.add_argument("--out", default="results/checkpoints", help="(results/checkpoints)")
+    drawing = commands.add_parser("draw", help="draw a grid of each shipped model")
+    drawing.add_argument("--checkpoints", default="results/checkpoints", help="their folder")
+    drawing.add_argument("--out", default="samples", help="folder of the grids (samples)")
+    drawing.add_argument("--seed", type=int, default=SEED, help=f"of the noise ({SEED})")
+    return parser.parse_args(arguments)
+
+
+def ship_all(results: str | Path, out: str | Path) -> None:
+    """Ship seed 0 of each model's `best` run; one that is not finished is named and left out."""
+    for model in MODELS:
+        run = run_folder(results, model, PRESET, SEED)
+        missing = [name for name in ("weights.pt", "record.json") if not (run / name).exists()]
+        if missing:
+            print(f"{model} {PRESET}: not finished, {run} lacks {' and '.join(missing)}")
+        else:
+            path = ship(run, out)
+            print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+
+
+def draw_all(folder: str | Path, out: str | Path, seed: int) -> None:
+    """Draw a grid of every checkpoint in `folder`. Raises InputError where there is none."""
+    paths = sorted(Path(folder).glob("*.safetensors"))
+    if not paths:
+        raise InputError(f"{folder} holds no checkpoints; `make checkpoints` ships finished runs")
+    for path in progress(paths, desc="grids"):
+        target = Path(out) / f"{path.stem}.png"
+        draw(path, target, seed)
+        print(target)
+
+
+def main() -> None:
+    options = parse_arguments()
+    if options.command == "ship":
+        ship_all(options.results, options.out)
+    else:
+        draw_all(options.checkpoints, options.out, options.seed)
+
+
+if __name__ == "__main__":
+    with exit_on_bad_input():
+        main()
