@@ -27,7 +27,6 @@ from utils import (
     OneSentenceParser,
     class_balanced_labels,
     exit_on_bad_input,
-    progress,
     to_uint8,
     write_atomically,
 )
@@ -359,10 +358,10 @@ def draw_all(folder: str | Path, out: str | Path, seed: int) -> None:
     paths = sorted(Path(folder).glob("*.safetensors"))
     if not paths:
         raise InputError(f"{folder} holds no checkpoints; `make checkpoints` ships finished runs")
-    for path in progress(paths, desc="grids"):
+    for path in paths:
         target = Path(out) / f"{path.stem}.png"
         draw(path, target, seed)
-        print(target)
+        print(target, flush=True)
 
 
 def main() -> None:

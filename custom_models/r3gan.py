@@ -31,7 +31,7 @@ class Config(ModelConfig):
     beta2: float = 0.99
     jpeg_quality: int = 75  # of the data set's files; 0: it was not stored as JPEG
     batch_size: int = 64
-    epochs: int = 24
+    epochs: int = 18
     ema_decay: float = 0.999
     flips_and_turns: bool = True
     validation_epochs: int = 3

@@ -7,7 +7,7 @@ import matplotlib.image
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from evaluation.copies import Suspects
 from utils import ImageSet, make_grid, write_atomically
@@ -420,4 +420,86 @@ def ablations(rows: list[dict]) -> Figure:
             if all(row["frechet_mean"] is None for row in group):
                 axis.set_xticks([])
         axes[-1].set_xlabel(f"{rows[0]['distance_name']}, mean ± sd; dashed: baseline")
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------
+# Trainings: the records of runs under one protocol
+# ---------------------------------------------------------------------------------------------
+
+
+def quality_and_cost(records: list[dict], names: dict[str, str]) -> Figure:
+    """Fréchet distance against images seen, and against seconds of training: a dot a training.
+
+    names: titles of the models. Filled dots are `best` presets. Seconds can be compared on one kind
+    of device only: each gets a panel, and its threads are named.
+    """
+    machines = {}
+    for record in records:
+        machine = record["device"]
+        if "CPU" in machine:
+            machine += f", threads: {record['threads']}"
+        machines.setdefault(machine, []).append(record)
+    panels = [("images seen in training", "images_seen", records)]
+    panels += [(f"seconds on {machine}", "seconds", own) for machine, own in machines.items()]
+    first = records[0]["metrics"]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(3.6 * len(panels), 3), layout="constrained")
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False).flatten()
+        for axis, (title, cost, own) in zip(axes, panels, strict=True):
+            runs = sorted({(r["model"], r["preset"]) for r in own}, key=str)
+            for model, preset in runs:
+                group = [r for r in own if (r["model"], r["preset"]) == (model, preset)]
+                colour = COLOURS[list(names).index(model)]
+                axis.plot(
+                    [r[cost] for r in group],
+                    [r["metrics"]["frechet_distance"] for r in group],
+                    "o",
+                    color=colour,
+                    fillstyle="full" if preset == "best" else "none",
+                    label=f"{names[model]} {preset}",
+                )
+            axis.axhline(first["floor"]["frechet_distance"], color="black", lw=1, ls="--")
+            axis.set_xscale("log")
+            axis.set_yscale("log")
+            for scale in (axis.xaxis, axis.yaxis):
+                scale.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                scale.set_major_formatter(PLAIN)
+                scale.set_minor_locator(NullLocator())
+            axis.tick_params("x", labelsize=7)
+            axis.set_xlabel(title)
+        axes[0].set_ylabel(f"{first['distance_name']}; dashed: floor")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    return figure
+
+
+def validation_curves(records: list[dict], names: dict[str, str]) -> Figure:
+    """KID on the validation split as training goes on: a line a training, a dot where it was kept.
+
+    records: of trainings that were validated. names: titles of the models.
+    """
+    runs = sorted({(r["model"], r["preset"]) for r in records}, key=str)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(3.2 * len(runs), 2.6), layout="constrained")
+        axes = figure.subplots(1, len(runs), squeeze=False).flatten()
+        for axis, (model, preset) in zip(axes, runs, strict=True):
+            for record in records:
+                if (record["model"], record["preset"]) != (model, preset):
+                    continue
+                rows = [row for row in record["history"] if "validation_kid" in row]
+                seen = [
+                    row["epoch"] * record["images_seen"] / record["config"]["epochs"]
+                    for row in rows
+                ]
+                values = [row["validation_kid"] for row in rows]
+                (line,) = axis.plot(seen, values, label=f"seed {record['seed']}")
+                best = min(range(len(rows)), key=values.__getitem__)
+                axis.plot(seen[best], values[best], "o", color=line.get_color())
+            axis.set_title(f"{names[model]} {preset}")
+            axis.set_xlabel("images seen")
+            axis.xaxis.set_major_locator(MaxNLocator(4))
+            axis.xaxis.set_major_formatter(PLAIN)
+            axis.set_yscale("log")
+            axis.legend(fontsize=7)
+        axes[0].set_ylabel("validation KID")
     return figure

@@ -429,6 +429,20 @@ def evaluations_as_runs(setup: Setup, evaluations: torch.Tensor, trainings: torc
     }
 
 
+def stored_alike(setup: Setup, images: torch.Tensor) -> dict:
+    """Generated images as drawn, and stored as JPEG in the way of the data set's own cells.
+
+    images: uint8 [N, 3, S, S], as many as the setup's cells.
+    """
+    variants = {"as drawn": images, "stored as the real ones": through_jpeg(images, QUALITY)}
+    return _against_train(
+        setup,
+        "The same generated images as drawn, and stored as JPEG as the real cells were, against "
+        "the train cells",
+        variants,
+    )
+
+
 # ---------------------------------------------------------------------------------------------
 # Records
 # ---------------------------------------------------------------------------------------------

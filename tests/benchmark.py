@@ -12,6 +12,7 @@ import resource
 import time
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from custom_models import MODELS, make_config
 from evaluation import copies, features, frechet, protocol
@@ -29,6 +30,8 @@ from utils import (
 )
 
 SAMPLES = 128
+# Dense bfloat16 FLOP/s by the makers' data sheets.
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 
 
 def seconds_per_call(call, device: torch.device, at_least: float = 3.0) -> float:
@@ -56,10 +59,10 @@ def next_batch(data: ImageSet, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     return random_flips_and_turns(to_model_range(data.images[rows])), data.labels[rows]
 
 
-def benchmark_model(name: str, data: ImageSet) -> dict:
+def benchmark_model(name: str, preset: str, data: ImageSet) -> dict:
     device = data.images.device
-    config = make_config(name, "baseline")
-    model = MODELS[name].Model(config).to(device, memory_format=torch.channels_last)
+    config = make_config(name, preset)
+    model = config.build().to(device, memory_format=torch.channels_last)
     optimizers = model.optimizers()
     size = config.images_per_step
 
@@ -71,11 +74,16 @@ def benchmark_model(name: str, data: ImageSet) -> dict:
             )
 
     seconds = seconds_per_call(step, device)
+    with FlopCounterMode(display=False) as counter:  # convolutions and matrix products
+        step()
     data_seconds = seconds_per_call(lambda: next_batch(data, size), device, at_least=1.0)
     model.eval()
     labels = data.labels[:SAMPLES]
     generator = torch.Generator(device).manual_seed(0)
-    if name == "ddpm":  # one of its T network evaluations stands for all; they are equal
+    if (name, preset) == (
+        "ddpm",
+        "baseline",
+    ):  # one of its T network evaluations stands for all; they are equal
         noise = torch.randn(SAMPLES, 3, 28, 28, device=device)
         with torch.inference_mode():
             evaluation = seconds_per_call(lambda: model.ddim(noise, 1), device)
@@ -84,6 +92,9 @@ def benchmark_model(name: str, data: ImageSet) -> dict:
         sampling = seconds_per_call(lambda: model.sample(labels, generator), device, at_least=1.0)
     return {
         "model": name,
+        "preset": preset,
+        "flop_per_image": counter.get_total_flops() / size,
+        "flop_per_second": counter.get_total_flops() / seconds,
         "parameters": sum(p.numel() for p in model.parameters()),
         "training_images_per_second": size / seconds,
         "data_share_of_step": data_seconds / seconds,
@@ -145,7 +156,9 @@ def main() -> None:
     held_out = load_dataset("bloodmnist", options.data_root, split="held_out")
 
     evaluation = benchmark_metrics(data.to(torch.device("cpu")), held_out)  # first: for its memory
-    models = [benchmark_model(name, data) for name in MODELS]
+    models = [
+        benchmark_model(name, preset, data) for name in MODELS for preset in ("baseline", "best")
+    ]
     ours = 128 / seconds_per_call(lambda: next_batch(data, 128), device, at_least=1.0)
     extractor = features.load_extractor(options.extractor, device)
     batch = data.images[:64]
@@ -184,14 +197,17 @@ def as_markdown(result: dict) -> str:
     lines = [
         f"# Speed on {result['machine']}, {result['cores']} cores, torch {result['torch']}",
         "",
-        "Baseline presets, 28×28 pixels, batches of 128.",
+        "28×28 pixels, one training at a time.",
         "",
-        "| Model | Parameters | Training, images/s | Data's share of a step | Sampling, images/s |",
-        "|---|---:|---:|---:|---:|",
+        "| Model | Preset | Parameters | Training, images/s | GFLOP an image | TFLOP/s | "
+        "Data's share of a step | Sampling, images/s |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in result["models"]:
         lines.append(
-            f"| {row['model']} | {row['parameters']:,} | {row['training_images_per_second']:,.0f} "
+            f"| {row['model']} | {row['preset']} | {row['parameters']:,} "
+            f"| {row['training_images_per_second']:,.0f} | {row['flop_per_image'] / 1e9:.2f} "
+            f"| {row['flop_per_second'] / 1e12:.2f}{_share_of_peak(row, result['machine'])} "
             f"| {row['data_share_of_step']:.2%} | {row['sampling_images_per_second']:,.2f} |"
         )
     lines += [
@@ -210,6 +226,14 @@ def as_markdown(result: dict) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _share_of_peak(row: dict, machine: str) -> str:
+    """The share of the peak in brackets, where the machine has a known one; else nothing."""
+    for name, peak in PEAKS.items():
+        if name in machine:
+            return f" ({row['flop_per_second'] / peak:.1%} of peak)"
+    return ""
 
 
 if __name__ == "__main__":

@@ -331,3 +331,13 @@ def test_notebook_runs_without_a_trained_generator(pbc_root, tiny_extractor, tmp
         "sample_size.png",
         "value_range.png",
     ]
+
+
+def test_storing_alike_helps_images_that_lack_the_format_alone(setup, tmp_path):
+    """Cells of the data set itself are stored already: once more changes them little."""
+    record = mistakes.measure(mistakes.stored_alike, setup, tmp_path, setup.cells)
+    before, after = (row["value"] for row in record["rows"])
+    assert before == record["floor"]
+    blurred = mistakes.through_jpeg(setup.cells, 5)
+    coarse = mistakes.stored_alike(setup, blurred)["rows"][0]["value"]
+    assert abs(after - before) < coarse - before

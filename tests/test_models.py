@@ -17,21 +17,30 @@ from custom_models.layers import init_dcgan
 
 # Small enough for a test, with every kind of layer of the full model.
 TINY = {
-    "cvae": {"channels": (8, 16), "latent_dim": 4},
-    "dcgan": {"generator_channels": (16, 8, 8, 4), "discriminator_channels": (4, 8, 8, 16)},
-    "ddpm": {"channels": (8, 16, 24), "timesteps": 20, "sampling_steps": 4},
-    "cwgan_gp": {"base_channels": 4, "critic_steps": 2},
+    "quick": {
+        "cvae": {"channels": (8, 16), "latent_dim": 4},
+        "dcgan": {"generator_channels": (16, 8, 8, 4), "discriminator_channels": (4, 8, 8, 16)},
+        "ddpm": {"channels": (8, 16, 24), "timesteps": 20, "sampling_steps": 4},
+        "cwgan_gp": {"base_channels": 4, "critic_steps": 2},
+    },
+    "best": {
+        "cvae": {"channels": (8, 8, 16), "latent_dim": 4},
+        "dcgan": {"generator_channels": (8, 8, 16), "discriminator_channels": (8, 8, 16)},
+        "ddpm": {"channels": (8, 16), "blocks": 1, "sampling_steps": 4},
+        "cwgan_gp": {"generator_channels": (8, 8, 16), "critic_channels": (8, 8, 16)},
+    },
 }
 MODEL_NAMES = pytest.mark.parametrize("name", MODELS)
+PRESETS = pytest.mark.parametrize("preset", TINY)
 
 
 def build(name: str, preset: str = "quick", **changes):
     torch.manual_seed(0)
-    return MODELS[name].Model(make_config(name, preset, **changes))
+    return make_config(name, preset, **changes).build()
 
 
-def tiny(name: str, **changes):
-    return build(name, **{**TINY[name], **changes})
+def tiny(name: str, preset: str = "quick", **changes):
+    return build(name, preset, **{**TINY[preset][name], **changes})
 
 
 def batch(n: int, size: int = 28, seed: int = 0, channels: int = 3):
@@ -59,23 +68,33 @@ def record_steps(optimizers: dict) -> list[str]:
 # ---------------------------------------------------------------------------------------------
 
 
+def with_strong_outputs(model: nn.Module) -> nn.Module:
+    """An untrained generator's images are nearly grey, and storing them as JPEG makes them so."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(2)
+    return model
+
+
+@PRESETS
 @MODEL_NAMES
-def test_samples_have_form_range_and_depend_on_the_seed_alone(name):
-    model = build(name).eval()
+def test_samples_have_form_range_and_depend_on_the_seed_alone(name, preset):
+    model = with_strong_outputs(tiny(name, preset)).eval()
     labels = torch.tensor([0, 3, 7])
     first, again, other = (model.sample(labels, noise(seed)) for seed in (1, 1, 2))
     assert first.shape == (3, 3, 28, 28) and first.dtype == torch.float32
     assert not first.requires_grad
     assert first.min() >= -1 and first.max() <= 1
     assert torch.equal(first, again)
-    # An untrained generator gives nearly grey images: look at the difference's share.
     assert (first - other).std() > 0.1 * first.std()
     assert (first[0] - first[1]).std() > 0.1 * first.std()
 
 
+@PRESETS
 @MODEL_NAMES
-def test_sampling_takes_nothing_from_the_global_generator(name):
-    model = tiny(name).eval()
+def test_sampling_takes_nothing_from_the_global_generator(name, preset):
+    model = tiny(name, preset).eval()
     torch.manual_seed(1)
     first = model.sample(torch.tensor([0, 1]), noise())
     before = torch.get_rng_state()
@@ -105,11 +124,12 @@ def test_a_step_logs_finite_scalars_and_changes_every_weight(name, changes):
         assert not torch.equal(value, before[key]), key
 
 
+@PRESETS
 @MODEL_NAMES
-def test_a_step_depends_on_the_global_seed_alone(name):
+def test_a_step_depends_on_the_global_seed_alone(name, preset):
     states = []
     for seed in (1, 1, 2):
-        model = tiny(name)
+        model = tiny(name, preset)
         torch.manual_seed(seed)
         model.training_step(*batch(16), model.optimizers())
         states.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
@@ -117,12 +137,23 @@ def test_a_step_depends_on_the_global_seed_alone(name):
     assert not torch.equal(states[0], states[2])
 
 
+@pytest.mark.parametrize("preset", ["baseline", "best"])
 @MODEL_NAMES
-def test_an_epoch_is_one_pass_over_the_real_images(name):
+def test_an_epoch_is_one_pass_over_the_real_images(name, preset):
     """`training_step` sees each of its images, and `images_per_step` counts them."""
-    config = make_config(name, "baseline")
+    config = make_config(name, preset)
     steps = config.critic_steps if name == "cwgan_gp" else 1
-    assert config.images_per_step == 128 * steps
+    assert config.images_per_step == config.batch_size * steps
+
+
+@MODEL_NAMES
+def test_best_is_of_the_baselines_kind_and_conditional_where_classes_help(name):
+    config = make_config(name, "best")
+    assert (config.image_size, config.image_channels, config.n_classes) == (28, 3, 8)
+    assert config.ema_decay > 0 and config.jpeg_quality == 75
+    model = config.build()
+    assert model.config is config
+    assert model.conditional == (name != "dcgan")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -301,6 +332,42 @@ def test_sizes_in_parameters(name):
 def test_wrong_settings_are_bad_input(name, settings, words, bad_input):
     with bad_input(*words):
         make_config(name, "baseline", **settings)
+
+
+@pytest.mark.parametrize(
+    "name, settings, words",
+    [
+        ("cvae", {"latent_dim": 0}, ("latent_dim", "at least 1")),
+        ("cvae", {"channels": (8, 16)}, ("channels", "three widths")),
+        ("cvae", {"image_channels": 1}, ("image_channels", "colours")),
+        ("cvae", {"image_size": 7}, ("image_size", "at least 8")),
+        ("cvae", {"kl_weight": -0.1}, ("kl_weight", "at least 0")),
+        ("cvae", {"kl_warmup_images": -1}, ("kl_warmup_images", "at least 0")),
+        ("cvae", {"temperature": -1}, ("temperature", "at least 0")),
+        ("cvae", {"jpeg_quality": 0}, ("jpeg_quality", "from 1 to 100")),
+        ("cvae", {"conditional": True}, ("'conditional'", "temperature")),
+        ("dcgan", {"latent_dim": 0}, ("latent_dim", "at least 1")),
+        ("dcgan", {"generator_channels": (8,) * 4}, ("generator_channels", "three widths")),
+        ("dcgan", {"discriminator_channels": (8,)}, ("discriminator_channels", "three widths")),
+        ("dcgan", {"image_size": 7}, ("image_size", "at least 8")),
+        ("dcgan", {"gamma": -1}, ("gamma", "at least 0")),
+        ("dcgan", {"penalty_interval": 0}, ("penalty_interval", "at least 1")),
+        ("dcgan", {"jpeg_quality": 101}, ("jpeg_quality", "from 0 to 100")),
+        ("dcgan", {"real_label": 0.9}, ("'real_label'", "gamma")),
+        ("ddpm", {"sampler": "ancestral"}, ("sampler", "heun", "ancestral")),
+        ("ddpm", {"timesteps": 500}, ("'timesteps'", "sigma_min")),
+        ("cwgan_gp", {"latent_dim": 0}, ("latent_dim", "at least 1")),
+        ("cwgan_gp", {"critic_steps": 0}, ("critic_steps", "at least 1")),
+        ("cwgan_gp", {"generator_channels": (8, 8)}, ("generator_channels", "three widths")),
+        ("cwgan_gp", {"critic_channels": (8, 8)}, ("critic_channels", "three widths")),
+        ("cwgan_gp", {"gradient_penalty": -1}, ("gradient_penalty", "at least 0")),
+        ("cwgan_gp", {"jpeg_quality": -1}, ("jpeg_quality", "from 0 to 100")),
+        ("cwgan_gp", {"base_channels": 64}, ("'base_channels'", "critic_channels")),
+    ],
+)
+def test_wrong_settings_of_best_are_bad_input(name, settings, words, bad_input):
+    with bad_input(*words):
+        make_config(name, "best", **settings)
 
 
 def test_unknown_models_and_presets_are_bad_input(bad_input):
@@ -900,6 +967,6 @@ def test_ddpm_learns_one_batch_by_heart():
 
 def test_the_four_models_share_their_duties():
     for module in (cvae, dcgan, ddpm, cwgan_gp):
-        assert {"baseline", "quick"} <= module.PRESETS.keys()
+        assert {"baseline", "best", "quick"} <= module.PRESETS.keys()
         for duty in ("optimizers", "training_step", "sample"):
             assert callable(getattr(module.Model, duty))

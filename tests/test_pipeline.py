@@ -39,6 +39,27 @@ TINY = {
     },
     "cwgan_gp": {"base_channels": 4, "critic_steps": 2, "batch_size": 16},
 }
+TINY_BEST = {
+    "cvae": {"channels": (8, 8, 16), "latent_dim": 4, "batch_size": 32},
+    "dcgan": {
+        "generator_channels": (8, 8, 16),
+        "discriminator_channels": (8, 8, 16),
+        "batch_size": 32,
+    },
+    "ddpm": {
+        "channels": (8, 16),
+        "blocks": 1,
+        "sampling_steps": 2,
+        "batch_size": 32,
+        "validation_epochs": 4,
+    },
+    "cwgan_gp": {
+        "generator_channels": (8, 8, 16),
+        "critic_channels": (8, 8, 16),
+        "critic_steps": 2,
+        "batch_size": 16,
+    },
+}
 MODEL_NAMES = pytest.mark.parametrize("name", MODELS)
 
 
@@ -117,18 +138,18 @@ def processes():
     return context
 
 
-def train_in_process(name: str, out: Path, data_root: Path, extractor: Path) -> None:
+def train_in_process(name: str, preset: str, out: Path, data_root: Path, extractor: Path) -> None:
     torch.set_num_threads(1)
     GenerativePipeline(
         name,
-        preset="quick",
+        preset=preset,
         data_root=data_root,
         extractor=extractor,
         device="cpu",
         out=out,
         checkpoint_seconds=0,
         epochs=KILLED_EPOCHS,
-        **TINY[name],
+        **(TINY_BEST if preset == "best" else TINY)[name],
     ).train()
 
 
@@ -151,12 +172,13 @@ def kill_at_random(process, checkpoint: Path, chance: random.Random) -> None:
     process.join()
 
 
+@pytest.mark.parametrize("preset", ["quick", "best"])
 @MODEL_NAMES
 def test_a_run_killed_at_random_equals_an_uninterrupted_one(
-    name, processes, data_root, tiny_extractor, tmp_path
+    name, preset, processes, data_root, tiny_extractor, tmp_path
 ):
     def start(out: str):
-        arguments = (name, tmp_path / out, data_root, tiny_extractor)
+        arguments = (name, preset, tmp_path / out, data_root, tiny_extractor)
         process = processes.Process(target=train_in_process, args=arguments)
         process.start()
         return process
@@ -180,8 +202,8 @@ def test_a_run_killed_at_random_equals_an_uninterrupted_one(
     assert differences(killed, uninterrupted) == []
     assert len(killed["history"]) == KILLED_EPOCHS
     assert (killed["ema"] is not None) == (killed["identity"]["ema_decay"] > 0)
-    assert (name in ("dcgan", "ddpm")) <= (killed["ema"] is not None)
-    assert (killed["best"] is not None) == (name == "ddpm")
+    assert (preset == "best" or name in ("dcgan", "ddpm")) <= (killed["ema"] is not None)
+    assert (killed["best"] is not None) == (preset == "best" or name == "ddpm")
     grids = {path.name for path in (tmp_path / "killed" / "progress").glob("*.png")}
     assert grids == {"025.png", "050.png", "075.png", "100.png"}
     for grid in grids:
