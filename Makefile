@@ -12,7 +12,7 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo suite ablations fid benchmark test clean
+.PHONY: help demo suite ablations fid checkpoints samples benchmark test clean
 
 help:
 	@echo "make demo       four models, two seeds (SEEDS=), drawn cells -> results/demo"
@@ -21,6 +21,8 @@ help:
 	@echo "make ablations  changed settings against each baseline, three seeds (SEEDS=)"
 	@echo "                -> results/ablations; GRID=published, MODELS= narrows it"
 	@echo "make fid        measure the kept weights of all runs anew with Inception-v3 -> results/fid"
+	@echo "make checkpoints  ship the weights of finished best runs -> results/checkpoints"
+	@echo "make samples    draw grids with the shipped weights, without data -> samples (OUT=)"
 	@echo "make benchmark  speed of training, sampling and evaluation -> results/benchmarks"
 	@echo "make test       all tests"
 	@echo "make clean      remove results/demo and caches, not .venv and not other results"
@@ -51,6 +53,13 @@ ablations: $(INSTALLED)
 fid: $(INSTALLED)
 	$(RUN) run_suite.py --remeasure results --dataset bloodmnist --data-root "$(DATA_ROOT)" \
 		--extractor inception --out results/fid
+
+checkpoints: $(INSTALLED)
+	$(RUN) -m custom_models.checkpoints ship
+
+samples: OUT ?= samples
+samples: $(INSTALLED)
+	$(RUN) -m custom_models.checkpoints draw --out "$(OUT)"
 
 benchmark: $(INSTALLED)
 	PYTHONPATH=. $(RUN) tests/benchmark.py

@@ -227,7 +227,7 @@ of patients' cells where a medical product is tested. {limits}
 def load_shipped(path: str | Path) -> tuple[nn.Module, dict]:
     """The model of a .safetensors file, in float32 on the CPU and in eval mode, and what it is.
 
-    The second are plain types: model, preset, seed, config, classes, image_size, dataset,
+    The second are plain types: format, model, preset, seed, config, classes, image_size, dataset,
     dataset_sha256, code_version. Raises InputError for a file that is missing, broken, of another
     format, not that of the .json beside it, or whose tensors are not those of its model.
     """
