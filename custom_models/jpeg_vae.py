@@ -31,7 +31,7 @@ class Config(ModelConfig):
     jpeg_quality: int = 75  # of the data set's files; other data sets need another, such as 95
     lr: float = 1e-3
     batch_size: int = 64
-    epochs: int = 40
+    epochs: int = 24
     ema_decay: float = 0.999
     validation_epochs: int = 4
 
