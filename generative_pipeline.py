@@ -215,7 +215,11 @@ class GenerativePipeline:
         return {"epoch": epoch + 1, **row}
 
     def _autocast(self):
-        return torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda")
+        # Its cache of rounded weights would outlive an optimizer's step, and a step of training
+        # may hold several of them.
+        return torch.autocast(
+            "cuda", torch.bfloat16, enabled=self.device.type == "cuda", cache_enabled=False
+        )
 
     def _validate(self, epoch: int) -> None:
         """Every `validation_epochs`, keep the weights if their validation KID is the lowest yet."""
@@ -509,7 +513,7 @@ class GenerativePipeline:
         if self.preset == "quick":
             return "quick"
         fewer = self.config.epochs < MODELS[self.name].PRESETS[self.preset].epochs
-        return "reduced" if fewer or self.preset == "small" else "full"
+        return "reduced" if fewer or self.preset.endswith("small") else "full"
 
     def _describe_training(self) -> dict:
         """What the training took, and on what machine: plain types."""

@@ -42,6 +42,7 @@ class Config(ModelConfig):
     epochs: int = 420
     batch_size: int = 256
     ema_decay: float = 0.9995
+    validation_epochs: int = 42
     sampler: str = "dpm_solver_2m"  # one of custom_models.samplers.SAMPLERS
     sampling_steps: int = 32
     sigma_min: float = 0.002
@@ -100,6 +101,7 @@ SMALL = replace(
     epochs=50,
     batch_size=64,
     ema_decay=0.999,
+    validation_epochs=10,
     sampling_steps=16,
 )
 

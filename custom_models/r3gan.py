@@ -47,6 +47,9 @@ class Config(ModelConfig):
         self.require(self.anneal_images >= 1, "anneal_images", "at least 1")
         self.require(self.penalty_interval >= 1, "penalty_interval", "at least 1")
         self.require(0 <= self.jpeg_quality <= 100, "jpeg_quality", "from 0 to 100")
+        self.require(
+            self.jpeg_quality == 0 or self.image_channels == 3, "jpeg_quality", "0 without colours"
+        )
 
     def build(self) -> "Model":
         return Model(self)
@@ -135,7 +138,7 @@ class Model(nn.Module):
         self.steps += 1
         # Penalties need a second derivative, which does not bear less than float32.
         with torch.autocast(images.device.type, enabled=not penalised and _mixed(images.device)):
-            x, y = images.requires_grad_(penalised), fakes.float().requires_grad_(penalised)
+            x, y = (part.detach().float().requires_grad_(penalised) for part in (images, fakes))
             margin = (self.discriminator(x) - self.discriminator(y)).float()
             loss_d = F.softplus(-margin).mean()
             r1 = r2 = torch.zeros((), device=images.device)
@@ -148,7 +151,7 @@ class Model(nn.Module):
         optimizers["discriminator"].step()
 
         self.discriminator.requires_grad_(False)
-        real = self.discriminator(images.detach())
+        real = self.discriminator(images)
         fake = self.discriminator(self.generator(self.latents(n, images.device)))
         loss_g = F.softplus((real - fake).float()).mean()
         optimizers["generator"].zero_grad(set_to_none=True)

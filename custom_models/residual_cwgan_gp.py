@@ -41,7 +41,11 @@ class Config(ModelConfig):
         self.require(len(self.generator_channels) == 3, "generator_channels", "three widths")
         self.require(len(self.critic_channels) == 3, "critic_channels", "three widths")
         self.require(self.gradient_penalty >= 0, "gradient_penalty", "at least 0")
+        self.require(self.image_size >= 8, "image_size", "at least 8")
         self.require(0 <= self.jpeg_quality <= 100, "jpeg_quality", "from 0 to 100")
+        self.require(
+            self.jpeg_quality == 0 or self.image_channels == 3, "jpeg_quality", "0 without colours"
+        )
 
     @property
     def images_per_step(self) -> int:

@@ -350,7 +350,9 @@ def test_wrong_settings_are_bad_input(name, settings, words, bad_input):
         ("dcgan", {"generator_channels": (8,) * 4}, ("generator_channels", "three widths")),
         ("dcgan", {"discriminator_channels": (8,)}, ("discriminator_channels", "three widths")),
         ("dcgan", {"image_size": 7}, ("image_size", "at least 8")),
-        ("dcgan", {"gamma": -1}, ("gamma", "at least 0")),
+        ("dcgan", {"gamma": 0}, ("gamma", "above 0")),
+        ("dcgan", {"gamma_end": 0}, ("gamma_end", "above 0")),
+        ("dcgan", {"anneal_images": 0}, ("anneal_images", "at least 1")),
         ("dcgan", {"penalty_interval": 0}, ("penalty_interval", "at least 1")),
         ("dcgan", {"jpeg_quality": 101}, ("jpeg_quality", "from 0 to 100")),
         ("dcgan", {"real_label": 0.9}, ("'real_label'", "gamma")),
@@ -373,7 +375,7 @@ def test_wrong_settings_of_best_are_bad_input(name, settings, words, bad_input):
 def test_unknown_models_and_presets_are_bad_input(bad_input):
     with bad_input("'vae'", "cvae, dcgan, ddpm, cwgan_gp"):
         make_config("vae")
-    with bad_input("'huge'", "baseline, quick"):
+    with bad_input("'huge'", "baseline, best, quick"):
         make_config("cvae", "huge")
 
 

@@ -312,6 +312,16 @@ def test_flips_and_turns_are_applied_where_the_config_says_so(make):
         assert kept < 60 if flips else kept == 160
 
 
+def test_no_update_is_computed_from_weights_of_before_another(make):
+    """Autocast's cache keeps rounded weights through the updates of one training step."""
+    with make()._autocast():
+        assert not torch.is_autocast_cache_enabled()
+        with torch.autocast("cpu", enabled=False):  # as around a gradient penalty
+            assert not torch.is_autocast_cache_enabled()
+    assert torch.is_autocast_cache_enabled()
+
+
+
 @given(st.integers(0, 2**70), st.text(max_size=5), st.integers(0, 2**40))
 def test_derived_seeds_fit_torch_and_differ(seed, purpose, step):
     value = derive_seed(seed, purpose, step)

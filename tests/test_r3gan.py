@@ -1,6 +1,7 @@
 """R3GAN: the relativistic losses, both penalties and their rhythm, and the turned images."""
 
 import dataclasses
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,7 +12,12 @@ from custom_models import r3gan
 from custom_models.layers import JPEG
 
 TINY = dataclasses.replace(
-    r3gan.Config(), generator_channels=(8, 8, 16), discriminator_channels=(8, 8, 16), batch_size=8
+    r3gan.Config(),
+    generator_channels=(8, 8, 16),
+    discriminator_channels=(8, 8, 16),
+    gamma_end=1.0,  # as at first
+    penalty_interval=4,
+    batch_size=8,
 )
 
 
@@ -108,10 +114,10 @@ def test_each_penalty_is_of_its_own_images():
         assert logged[name].item() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("gamma, interval", [(0.5, 1), (0.5, 4), (0.0, 4)])
+@pytest.mark.parametrize("gamma, interval", [(0.5, 1), (0.5, 4), (2.0, 4)])
 def test_the_update_takes_half_gamma_of_both_penalties(gamma, interval):
     """Without anything to tell apart, the discriminator only descends along the penalties."""
-    model = build(gamma=gamma, penalty_interval=interval)
+    model = build(gamma=gamma, gamma_end=gamma, penalty_interval=interval)
     nothing = torch.zeros(8, 3, 28, 28)
     model.generator, model.discriminator = Fixed(nothing), Linear()
     before = model.discriminator.weights.detach().clone()
@@ -119,6 +125,21 @@ def test_the_update_takes_half_gamma_of_both_penalties(gamma, interval):
     # γ / 2 · interval · (‖w‖² + ‖w‖²) has the gradient 2 γ · interval · w.
     expected = before * (1 - 0.01 * 2 * gamma * interval)
     assert torch.allclose(model.discriminator.weights, expected, atol=1e-6)
+
+
+def test_the_weight_of_the_penalties_falls_geometrically_over_images_then_stays():
+    model = build(gamma=2.0, gamma_end=0.02, anneal_images=48, penalty_interval=1)
+    assert model.gamma(8) == 2.0
+    nothing = torch.zeros(8, 3, 28, 28)
+    model.generator, model.discriminator = Fixed(nothing), Linear(1.0)
+    optimizers, norms = sgd(model, lr=0.01), []
+    for _ in range(9):
+        norms.append(model.discriminator.weights.detach().norm().item())
+        model.training_step(nothing.clone(), None, optimizers)
+    # Each step shrinks the weights by 1 - 0.01 · 2 γ; 48 images are six steps.
+    shrinkage = [1 - after / before for before, after in pairwise(norms)]
+    expected = [0.02 * 2.0 * 0.01 ** min(step / 6, 1) for step in range(1, 9)]
+    assert shrinkage == pytest.approx(expected, rel=0.01, abs=1e-6)
 
 
 def penalised(model: r3gan.Model, optimizers: dict, steps: int) -> list[bool]:
