@@ -129,6 +129,7 @@ class GenerativePipeline:
         self.ema = self._make_ema() if self.config.ema_decay else None
         self.step, self.seconds, self.history, self.best = 0, 0.0, [], None
         self.training = None  # how it was trained; known once it is over
+        self.kept = None  # the kept weights, where they come from their file
         if compile:
             for network in self.model.children():
                 network.compile()  # in place: the keys of the state stay plain
@@ -228,26 +229,23 @@ class GenerativePipeline:
             return
         val = self.sets["val"]
         extractor = self.extractor()
-        fakes = self._sample_from(
-            self._averaged_model(), val.labels, derive_seed(self.seed, "validation")
-        )
+        model = self._ready_to_sample(self._averaged_model())
+        fakes = self._sample_from(model, val.labels, derive_seed(self.seed, "validation"))
         value, _ = kid.kernel_distance(
             features.extract(val.images, extractor),
             features.extract(fakes, extractor, cache=False),
         )
         self.history[-1]["validation_kid"] = value
         if self.best is None or value < self.best["validation_kid"]:
-            state = {k: v.clone() for k, v in self._averaged_model().state_dict().items()}
-            self.best = {"step": self.step, "validation_kid": value, "state": state}
+            self.best = {"step": self.step, "validation_kid": value, "state": model.state_dict()}
 
     def _save_progress_grid(self, epoch: int) -> None:
         """The same noise at 25, 50, 75 and 100 % of the training."""
         marks = {-(-self.config.epochs * percent // 100): percent for percent in (25, 50, 75, 100)}
         if epoch + 1 in marks:
             labels = class_balanced_labels(self.config.n_classes, 8)
-            images = self._sample_from(
-                self._averaged_model(), labels, derive_seed(self.seed, "progress")
-            )
+            model = self._ready_to_sample(self._averaged_model())
+            images = self._sample_from(model, labels, derive_seed(self.seed, "progress"))
             path = self.out / "progress" / f"{marks[epoch + 1]:03d}.png"
             save_png(make_grid(images, columns=8, zoom=2), path)
 
@@ -326,6 +324,7 @@ class GenerativePipeline:
             for model in (self.model, self._averaged_model()):
                 model.load_state_dict(state["state"])
             self.step, self.history = self.total_steps, state["history"]
+            self.kept = state["state"]
         self.training = state["training"]
         return True
 
@@ -377,9 +376,21 @@ class GenerativePipeline:
         """The weights that are sampled during training: their running mean where there is one."""
         return self.ema.module if self.ema else self.model
 
+    def _ready_to_sample(self, model: torch.nn.Module) -> torch.nn.Module:
+        """A copy, with its prior fitted to the training cells if it is of the models that do so."""
+        model = copy.deepcopy(model).eval()
+        if hasattr(model, "fit_prior"):
+            model.fit_prior(to_model_range(self.train_set.images), self.train_set.labels)
+        return model
+
     def _kept_state(self) -> dict[str, torch.Tensor]:
         """The best step's weights where validation chose one, else the last ones, in float16."""
-        state = self.best["state"] if self.best else self._averaged_model().state_dict()
+        if self.kept:
+            return self.kept
+        if self.best:
+            state = self.best["state"]
+        else:
+            state = self._ready_to_sample(self._averaged_model()).state_dict()
         return {
             name: value.half() if value.is_floating_point() else value.clone()
             for name, value in state.items()
@@ -399,7 +410,7 @@ class GenerativePipeline:
         labels: int64 [N]; an unconditional model uses only their number. seed: of the noise, the
         run's own by default. raw: from the last step's raw weights instead of the kept ones.
         """
-        model = self.model if raw else self.kept_model()
+        model = self._ready_to_sample(self.model) if raw else self.kept_model()
         seed = derive_seed(self.seed if seed is None else seed, "samples")
         return self._sample_from(model, labels, seed)
 
