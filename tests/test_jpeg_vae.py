@@ -234,6 +234,46 @@ def test_at_temperature_zero_the_noise_changes_nothing(monkeypatch):
     assert not torch.equal(model.sample(labels, noise(2)), expected)
 
 
+def test_the_fitted_prior_has_the_moments_of_each_class_s_latents():
+    model, (images, _) = build(latent_dim=2), batch(600)
+    labels = torch.arange(600) % 3  # five classes have no cell
+    model.fit_prior(images, labels)
+    with torch.no_grad():
+        mean, log_variance = model.encoder(images, model.condition(labels))
+    for label in range(3):
+        draws = mean[labels == label] + (0.5 * log_variance[labels == label]).exp() * torch.randn(
+            400, 200, 2, generator=noise()
+        )
+        draws = draws.flatten(0, 1)
+        factor = model.prior_factor[label]
+        torch.testing.assert_close(model.prior_mean[label], draws.mean(0), atol=0.02, rtol=0)
+        torch.testing.assert_close(factor @ factor.T, draws.T.cov(), atol=0.03, rtol=0.03)
+    for label in range(3, 8):
+        assert torch.equal(model.prior_mean[label], torch.zeros(2))
+        assert torch.equal(model.prior_factor[label], torch.eye(2))
+
+
+def test_samples_come_from_the_prior_of_their_class(monkeypatch):
+    model, seen = build(latent_dim=2), []
+    model.prior_mean[3] = torch.tensor([5.0, -2.0])
+    model.prior_factor[3] = torch.tensor([[2.0, 0.0], [1.0, 0.5]])
+    decode = model.decode
+    monkeypatch.setattr(model, "decode", lambda z, y: seen.append(z) or decode(z, y))
+    model.sample(torch.full((4000,), 3), noise())
+    model.sample(torch.zeros(4000, dtype=torch.int64), noise())
+    expected = torch.tensor([[4.0, 2.0], [2.0, 1.25]])
+    torch.testing.assert_close(seen[0].mean(0), model.prior_mean[3], atol=0.15, rtol=0)
+    torch.testing.assert_close(seen[0].T.cov(), expected, atol=0.25, rtol=0)
+    torch.testing.assert_close(seen[1].T.cov(), torch.eye(2), atol=0.1, rtol=0)
+
+
+def test_without_a_fitted_prior_latents_stay_normal():
+    model, (images, labels) = build(fitted_prior=False), batch()
+    model.fit_prior(images, labels)
+    assert not model.prior_mean.any()
+    assert torch.equal(model.prior_factor[0], torch.eye(4))
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
 def test_drawn_coefficients_are_whole_numbers_of_the_logistic(temperature, monkeypatch):
     model, drawn = build(temperature=temperature), []
