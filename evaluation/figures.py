@@ -500,6 +500,9 @@ def validation_curves(records: list[dict], names: dict[str, str]) -> Figure:
             axis.xaxis.set_major_locator(MaxNLocator(4))
             axis.xaxis.set_major_formatter(PLAIN)
             axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axis.yaxis.set_minor_locator(NullLocator())
             axis.legend(fontsize=7)
         axes[0].set_ylabel("validation KID")
     return figure
