@@ -1,0 +1,59 @@
+"""Figures of trainings show the records' own numbers."""
+
+from evaluation import figures
+
+NAMES = {"cvae": "CVAE", "dcgan": "DCGAN"}
+
+
+def record(model: str, preset: str, device: str, seconds: float, value: float, kids=()) -> dict:
+    return {
+        "model": model,
+        "preset": preset,
+        "seed": 0,
+        "device": device,
+        "threads": 2,
+        "seconds": seconds,
+        "images_seen": 1000 * seconds,
+        "config": {"epochs": len(kids)},
+        "history": [{"epoch": i + 1, "validation_kid": kid} for i, kid in enumerate(kids)],
+        "metrics": {
+            "frechet_distance": value,
+            "distance_name": "FD (demo)",
+            "floor": {"frechet_distance": 1.0},
+        },
+    }
+
+
+def dots(axis) -> dict:
+    return {line.get_label(): line for line in axis.lines if line.get_marker() == "o"}
+
+
+def test_seconds_of_different_machines_share_no_panel():
+    records = [
+        record("cvae", "baseline", "CPU (X)", 10, 50.0),
+        record("cvae", "best", "CPU (X)", 20, 5.0),
+        record("dcgan", "best", "GPU", 3, 7.0),
+    ]
+    all_runs, cpu, gpu = figures.quality_and_cost(records, NAMES).axes
+    assert len(dots(all_runs)) == 3
+    assert set(dots(cpu)) == {"CVAE baseline", "CVAE best"}
+    assert set(dots(gpu)) == {"DCGAN best"}
+    best = dots(cpu)["CVAE best"]
+    assert (best.get_xdata()[0], best.get_ydata()[0]) == (20, 5.0)
+    assert best.get_fillstyle() == "full"
+    assert dots(cpu)["CVAE baseline"].get_fillstyle() == "none"
+    assert dots(all_runs)["DCGAN best"].get_xdata()[0] == 3000
+    assert "threads: 2" in cpu.get_xlabel() and "threads" not in gpu.get_xlabel()
+
+
+def test_the_dot_of_a_validation_curve_is_its_lowest_point():
+    records = [
+        record("dcgan", "best", "GPU", 12, 7.0, kids=(9.0, 2.0, 4.0)),
+        record("cvae", "best", "GPU", 6, 7.0, kids=(3.0, 1.0)),
+    ]
+    cvae, dcgan = figures.validation_curves(records, NAMES).axes
+    line, dot = dcgan.lines
+    assert list(line.get_xdata()) == [4000, 8000, 12000]
+    assert list(line.get_ydata()) == [9.0, 2.0, 4.0]
+    assert (dot.get_xdata()[0], dot.get_ydata()[0]) == (8000, 2.0)
+    assert cvae.get_title() == "CVAE best"
