@@ -351,4 +351,4 @@ def test_any_size_from_eight_pixels_works(size):
 
 def test_the_tables_and_usual_scales_are_no_part_of_the_state():
     kept = build().state_dict().keys() - dict(build().named_parameters()).keys()
-    assert kept == {"images_seen"}
+    assert kept == {"images_seen", "prior_mean", "prior_factor"}
