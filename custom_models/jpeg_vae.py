@@ -196,7 +196,7 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Decoded posterior means of images in [-1, 1]; returns the mean images, [-1, 1]."""
+        """Posterior means of images in [-1, 1], decoded to mean images and stored; [-1, 1]."""
         mean, _ = self.encoder(images, self.condition(labels))
         coefficients = [mean.round() for mean, _ in self.decode(mean, labels)]
         return self.jpeg.decode(*coefficients, images.shape[2:])

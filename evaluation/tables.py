@@ -150,7 +150,7 @@ def per_class_table(records: list[dict]) -> list[dict]:
             groups[record["model"], record["preset"], place].append((record, row))
     rows = []
     for (model, preset, _), group in groups.items():
-        kind = group[0][1]["class"]
+        kind, first = group[0][1]["class"], group[0][0]["metrics"]
         path = ("agreement", "per_class", kind, "agreement")
         values = {
             **{name: [row[name] for _, row in group] for name in ("kid", "precision", "recall")},
@@ -163,6 +163,11 @@ def per_class_table(records: list[dict]) -> list[dict]:
         rows.append(
             {"model": model, "preset": preset, "class": kind}
             | {"seeds": len(group), **counts, **means}
+            | {
+                "n_agreement": _at(first, (*path[:-1], "n")),
+                "extractor": first["protocol"]["extractor"],
+                "protocol": Protocol(**first["protocol"]).key(),
+            }
         )
     return rows
 
@@ -181,6 +186,14 @@ def write_per_class_table(rows: list[dict], folder: str | Path, stem: str) -> No
             f"| {row['model']} | {row['preset']} | {row['class']} | {row['seeds']} "
             f"| {row['n_real']:,} | {row['n_fake']:,} | {cells} |"
         )
+    lines += [
+        "",
+        "KID, precision and recall: images of a class against the train cells of that class, on "
+        f"features of {rows[0]['extractor']}; mean ± sd over seeds; protocol "
+        f"{rows[0]['protocol']}. Agreement: how often our own classifier names the class that was "
+        "asked for, among images with the test split's frequencies. Fréchet distances are left "
+        "out: the classes have too few images for them.",
+    ]
     _write(rows, "\n".join(lines) + "\n", Path(folder) / stem)
 
 

@@ -34,6 +34,17 @@ def test_tables_are_those_of_the_records(budget, tmp_path):
         assert (RESULTS / name).read_text() == (tmp_path / name).read_text()
 
 
+@pytest.mark.parametrize("budget", STEMS)
+def test_tables_of_classes_are_those_of_the_records(budget, tmp_path):
+    rows = tables.per_class_table(tables.split_by_budget(RECORDS)[budget])
+    kept, name = RESULTS / f"{STEMS[budget]}_per_class.md", f"{STEMS[budget]}_per_class"
+    assert kept.exists() == bool(rows)
+    if rows:
+        tables.write_per_class_table(rows, tmp_path, name)
+        for ending in (".csv", ".md"):
+            assert kept.with_suffix(ending).read_text() == (tmp_path / (name + ending)).read_text()
+
+
 def test_no_quick_run_is_kept():
     assert not tables.split_by_budget(RECORDS)["quick"]
 

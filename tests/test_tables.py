@@ -240,7 +240,10 @@ def test_a_row_for_each_class_of_a_conditional_model(tmp_path):
     assert (first["agreement_mean"], second["agreement_mean"]) == (0.75, None)
     write_per_class_table(rows, tmp_path, "t")
     line = "| ddpm | best | basophil | 2 | 900 | 300 | 0.750 ± 0.354 | 0.500 ± 0.000 | – |"
-    assert line in (tmp_path / "t.md").read_text()
+    text = (tmp_path / "t.md").read_text()
+    assert line in text
+    assert f"protocol {first['protocol']}" in text
+    assert first["n_agreement"] == 5
     assert (tmp_path / "t.csv").read_text().count("\n") == 3
     assert per_class_table(records[2:]) == []
 
