@@ -11,6 +11,7 @@ import csv
 import ctypes
 import errno
 import functools
+import gzip
 import hashlib
 import io
 import os
@@ -18,14 +19,17 @@ import random
 import shutil
 import sys
 import tempfile
+import warnings
 import zipfile
 import zlib
+from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
+from xml.etree import ElementTree
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 BLOOD_CLASSES = (
     "basophil",
@@ -179,7 +183,8 @@ def write_atomically(path: str | Path, write) -> None:
 class ImageSet:
     """Labelled images of one split.
 
-    images: uint8 [N, C, H, W]; labels: int64 [N]; classes: one name for each label.
+    images: uint8 [N, C, H, W], C = 1 (grey) or 3 (RGB); labels: int64 [N]; classes: one name for
+    each label.
     """
 
     name: str
@@ -208,24 +213,33 @@ def load_dataset(
 ) -> ImageSet:
     """Load one split of a data set.
 
-    name: `bloodmnist`, `pbc` or `demo`. root: the folder with its files ($DATA_ROOT,
-    else data/ beside this file).
-    size: pixels. split: `train`, `val`, `test`, or `held_out` (validation and test together).
+    name: `bloodmnist`, `pbc`, `demo`, `mnist` (one grey channel), `celeba` (its classes are
+    without and with the attribute Smiling; `celeba:Eyeglasses` takes another attribute), `folder`
+    or `bccd`. root: the folder with its files ($DATA_ROOT, else data/ beside this file); for
+    `folder`, the folder or zip with one sub-folder of images per class; for `pbc`, also the
+    folder or zip of its classes itself.
+    size: pixels; USUAL_SIZE has each data set's. split: `train`, `val`, `test`, or `held_out`
+    (validation and test together).
     Raises InputError with one sentence for anything missing, broken or foreign.
     """
-    if name not in LOADERS:
-        raise InputError(f"unknown data set {name!r}; known are {', '.join(LOADERS)}")
+    kind, *attribute = name.split(":", 1)
+    if kind not in LOADERS or (attribute and kind != "celeba"):
+        raise InputError(
+            f"unknown data set {name!r}; known are {', '.join(LOADERS)}, celeba:ATTRIBUTE"
+        )
     if split == "held_out":
         val, test = (load_dataset(name, root, size, part) for part in ("val", "test"))
         images, labels = torch.cat([val.images, test.images]), torch.cat([val.labels, test.labels])
         return ImageSet(val.name, split, images, labels, val.classes)
     if split not in SPLITS:
         raise InputError(f"unknown split {split!r}; known are {', '.join(SPLITS)}, held_out")
+    if size < 1:
+        raise InputError(f"image size {size} is not positive")
     root = Path(root or os.environ.get("DATA_ROOT") or Path(__file__).parent / "data")
-    label, images, labels, classes = LOADERS[name](root, size, split)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+    label, images, labels, classes = LOADERS[kind](root, size, split, *attribute)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise InputError(
-            f"{name} in {root}: images must be uint8 [N, {size}, {size}, 3], "
+            f"{name} in {root}: images must be uint8 [N, {size}, {size}, 1 or 3], "
             f"got {images.dtype} {list(images.shape)}; get the file anew"
         )
     if not np.issubdtype(labels.dtype, np.integer):
@@ -238,8 +252,20 @@ def load_dataset(
             f"{name} in {root}: a label lies outside the {len(classes)} classes "
             f"(0 to {len(classes) - 1}): {labels.min()} to {labels.max()}"
         )
-    images = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    images = torch.from_numpy(np.array(images.transpose(0, 3, 1, 2), order="C"))
     return ImageSet(label, split, images, torch.from_numpy(labels), tuple(classes))
+
+
+def recognise_data_dir(path: str | Path) -> tuple[str, Path]:
+    """The name and root for `load_dataset` of a folder or zip that a user points to.
+
+    `pbc`: a data root that holds PBC, or PBC's eight class sub-folders; `folder`: any other class
+    sub-folders. Raises InputError where there are none.
+    """
+    path = Path(path)
+    if any((path / name).exists() for name in PBC_NAMES):
+        return "pbc", path
+    return "pbc" if set(list_classes(path)) == set(PBC_CLASSES) else "folder", path
 
 
 # What numpy and zipfile raise for a file that is cut short, damaged or of another kind.
@@ -279,17 +305,247 @@ def _download_bloodmnist(root: Path, size: int, path: Path) -> None:
             f"BloodMNIST has no images of {size} pixels; "
             f"choose from {', '.join(map(str, medmnist.BloodMNIST.available_sizes))}"
         )
+    # Aside, then renamed: a download that breaks off leaves nothing behind.
+    with _download_of(path, help_text), tempfile.TemporaryDirectory() as folder:
+        medmnist.BloodMNIST(split="train", root=folder, size=size, download=True)
+        write_atomically(path, lambda part: shutil.copyfile(Path(folder) / path.name, part))
+
+
+@contextlib.contextmanager
+def _download_of(path: Path, help_text: str):
+    """Turn whatever goes wrong in a download into one sentence."""
     try:
-        # Aside, then renamed: a download that breaks off leaves nothing behind.
-        with tempfile.TemporaryDirectory() as folder:
-            medmnist.BloodMNIST(split="train", root=folder, size=size, download=True)
-            write_atomically(path, lambda part: shutil.copyfile(Path(folder) / path.name, part))
-    except (OSError, RuntimeError) as error:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # every downloader has errors of its own
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(f"{path} does not exist and its download failed ({reason}); {help_text}")
 
 
+# ---------------------------------------------------------------------------------------------
+# Folders and zips of images
+# ---------------------------------------------------------------------------------------------
+
+LARGEST_ZIP = 20e9  # bytes, unpacked
+# A member that unpacks to more than this many bytes, at more than this ratio, is no image.
+LARGEST_DENSE_MEMBER, LARGEST_RATIO = 100e6, 200
+
+
+def list_classes(source: Path) -> dict[str, list[tuple[str, int, int]]]:
+    """The class sub-folders of a folder or zip, sorted, with the sorted files of each.
+
+    A file is (name, bytes, stamp); the stamp is its time of change in a folder, its checksum in a
+    zip. Hidden files and files beside the sub-folders are left out; one folder around all of a
+    zip's content is looked through. Raises InputError where there are no sub-folders, images
+    beside them or folders in them, and for a zip that is broken, leads outside or unpacks to an
+    absurd size.
+    """
+    if not source.exists():
+        raise InputError(f"{source} does not exist; name a folder or zip with class sub-folders")
+    try:
+        entries = _folder_entries(source) if source.is_dir() else _zip_entries(source)
+    except (*BROKEN_ARCHIVE, UnicodeDecodeError) as error:
+        raise InputError(f"{source} cannot be read ({error}); it may be cut short, get it anew")
+    hidden = (".", "__MACOSX")
+    entries = [entry for entry in entries if not any(part.startswith(hidden) for part in entry[0])]
+    for parts, *_ in entries:
+        if not "".join(parts).isprintable():  # a line break would break sentences and tables
+            raise InputError(f"{source}: rename {'/'.join(parts)!r}, it can't be printed")
+    outermost = {parts[0] for parts, is_folder, *_ in entries if is_folder or len(parts) > 1}
+    if source.is_file() and len(outermost) == 1 and max(len(entry[0]) for entry in entries) > 2:
+        entries = [(parts[1:], *rest) for parts, *rest in entries if len(parts) > 1]
+    classes: dict[str, dict] = {}
+    for parts, is_folder, size, stamp in entries:
+        if len(parts) == 1 and is_folder:
+            classes.setdefault(parts[0], {})
+        elif len(parts) == 1 and _looks_like_an_image(parts[0]):
+            raise InputError(
+                f"{source}: image {parts[0]} lies in no class sub-folder; give each class its own"
+            )
+        elif len(parts) > 2 or (len(parts) == 2 and is_folder):
+            raise InputError(
+                f"{source}: {parts[0]} holds the folder {parts[1]}, but a class sub-folder may "
+                "hold images alone; move them up or name the folder of the classes"
+            )
+        elif len(parts) == 2:
+            classes.setdefault(parts[0], {})[parts[1]] = (size, stamp)
+    if not classes:
+        raise InputError(f"{source} has no sub-folders; put each class's images into one")
+    return {
+        name: [(file, *files[file]) for file in sorted(files)]
+        for name, files in sorted(classes.items())
+    }
+
+
+def _looks_like_an_image(name: str) -> bool:
+    return Image.registered_extensions().get(Path(name).suffix.lower()) in Image.OPEN
+
+
+def _folder_entries(source: Path) -> list[tuple]:
+    """(parts of the path, is it a folder, bytes, stamp) for two levels of a folder."""
+    paths = [*source.glob("*"), *source.glob("*/*")]
+    return [
+        (path.relative_to(source).parts, path.is_dir(), info.st_size, info.st_mtime_ns)
+        for path, info in ((path, path.stat()) for path in paths)
+    ]
+
+
+def _zip_entries(source: Path) -> list[tuple]:
+    """The same for a zip, at any depth."""
+    with zipfile.ZipFile(source) as archive:
+        members = archive.infolist()
+    for info in members:
+        path = PureWindowsPath(info.filename)  # it knows drives and both kinds of slashes
+        if path.anchor or ".." in path.parts:
+            raise InputError(
+                f"{source}: member {info.filename!r} leads outside the zip; pack it anew"
+            )
+        dense = info.file_size > LARGEST_RATIO * info.compress_size
+        if dense and info.file_size > LARGEST_DENSE_MEMBER:
+            raise InputError(
+                f"{source}: member {info.filename!r} would unpack to {info.file_size / 1e9:.1f} "
+                f"GB, more than {LARGEST_RATIO} times its size in the zip; leave it out"
+            )
+    total = sum(info.file_size for info in members)
+    if total > LARGEST_ZIP:
+        raise InputError(
+            f"{source} would unpack to {total / 1e9:.0f} GB, more than {LARGEST_ZIP / 1e9:.0f}; "
+            "unpack it and name its folder"
+        )
+    return [
+        (tuple(info.filename.rstrip("/").split("/")), info.is_dir(), info.file_size, info.CRC)
+        for info in members
+    ]
+
+
+BILINEAR = Image.Resampling.BILINEAR  # Pillow's is antialiased
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any of Pillow's modes as 8-bit RGB, turned upright by its EXIF orientation.
+
+    16-bit grey is scaled from 0 … 65535; transparency is laid over white. Raises ValueError for
+    pixels without a stated range.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("its pixels are 32-bit numbers of no stated range")
+        image = Image.fromarray((values / 257).round().astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of no stated range")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def resize_images(
+    source: Path, names: list[str], size: int, crop: int | None = None, boxes: list | None = None
+) -> np.ndarray:
+    """The named images of a folder or zip, cropped and resized: uint8 [N, size, size, 3].
+
+    crop: side of the square cut from the middle (the largest there is); boxes: (left, top, right,
+    bottom) for each image instead. The resize is bilinear and antialiased. Raises InputError for a
+    file that is no whole image, too large for Pillow's limit or smaller than its crop.
+    """
+    images = np.empty((len(names), size, size, 3), np.uint8)
+    opened = contextlib.nullcontext() if source.is_dir() else zipfile.ZipFile(source)
+    with opened as archive, warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        members = {"/".join(n.split("/")[-2:]): n for n in archive.namelist()} if archive else {}
+        for row, name in enumerate(progress(names, desc=f"{source.stem} at {size} pixels")):
+            try:
+                data = archive.read(members[name]) if archive else (source / name).read_bytes()
+                image = to_rgb(Image.open(io.BytesIO(data)))
+            except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+                limit = f"{Image.MAX_IMAGE_PIXELS:,}"
+                raise InputError(f"{source}: image {name} has over {limit} pixels; make it smaller")
+            except Exception as error:  # a damaged file raises nearly anything
+                reason = "no image" if isinstance(error, UnidentifiedImageError) else error
+                raise InputError(f"{source}: image {name} cannot be read ({reason}); get it anew")
+            box = boxes[row] if boxes else _middle(image, crop or min(image.size))
+            if min(box[:2]) < 0 or box[2] > image.width or box[3] > image.height:
+                least = "its annotation says" if boxes else f"{crop}×{crop} pixels"
+                raise InputError(f"{source}: image {name} is smaller than {least}")
+            images[row] = np.asarray(image.crop(box).resize((size, size), BILINEAR))
+    return images
+
+
+def _middle(image: Image.Image, side: int) -> tuple[int, int, int, int]:
+    """Rounded as torchvision's centre crop does, which BloodMNIST was made with."""
+    left, top = round((image.width - side) / 2), round((image.height - side) / 2)
+    return left, top, left + side, top + side
+
+
+def _cached(folder: str, fingerprint: str, size: int, resize) -> np.ndarray:
+    """The resized images that the cache holds as one file; made by resize() where it does not."""
+    cached = cache_folder() / folder / f"{fingerprint}-{size}.npy"
+    try:
+        return np.load(cached, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        images = resize()
+        write_atomically(cached, lambda path: _save_array(path, images))
+        return images
+
+
+def _save_array(path: Path, array: np.ndarray) -> None:
+    with open(path, "wb") as file:
+        np.save(file, array)
+
+
+def _fingerprint(entries) -> str:
+    return hashlib.sha256(repr(entries).encode()).hexdigest()[:16]
+
+
+def split_by_class(source: Path, labels: np.ndarray, classes: tuple[str, ...]) -> dict[str, list]:
+    """Rows of each split: 7 : 1 : 2 of every class, drawn with seed 0.
+
+    Raises InputError that names the source where a class is too small for three splits.
+    """
+    rng = np.random.default_rng(0)
+    parts: dict[str, list[int]] = {split: [] for split in SPLITS}
+    for label, kind in enumerate(classes):
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        if len(rows) < 4:
+            raise InputError(
+                f"{source}: class {kind} has {len(rows)} images, but training, validation and test "
+                "need at least 4; add some or leave the class out"
+            )
+        first = int(0.7 * len(rows))
+        second = max(int(0.8 * len(rows)), first + 1)
+        for split, some in zip(SPLITS, np.split(rows, [first, second]), strict=True):
+            parts[split] += some.tolist()
+    return parts
+
+
+def _load_folder(root: Path, size: int, split: str):
+    """Any folder or zip with one sub-folder per class, of any images that Pillow reads.
+
+    The largest square of the middle is resized; grey images become RGB, too. Split 7 : 1 : 2 by
+    class; the resized images are cached as one file.
+    """
+    found = list_classes(root)
+    for kind, files in found.items():
+        if not files:
+            raise InputError(f"{root}: class sub-folder {kind} is empty; fill or remove it")
+    names = [f"{kind}/{file}" for kind, files in found.items() for file, *_ in files]
+    labels = np.repeat(np.arange(len(found)), [len(files) for files in found.values()])
+    classes = tuple(found)
+    rows = split_by_class(root, labels, classes)[split]
+    images = _cached("folder", _fingerprint(found), size, lambda: resize_images(root, names, size))
+    name = root.resolve().name.removesuffix(".zip")
+    return f"folder {name}", images[rows], labels[rows], classes
+
+
+# ---------------------------------------------------------------------------------------------
+# PBC
+# ---------------------------------------------------------------------------------------------
+
 PBC_FOLDER = "PBC_dataset_normal_DIB"
+PBC_NAMES = (PBC_FOLDER, f"{PBC_FOLDER}.zip")
 PBC_CLASSES = (
     "basophil",
     "eosinophil",
@@ -308,32 +564,25 @@ def _load_pbc(root: Path, size: int, split: str):
     The split comes from pbc_split.csv beside it; without one, a seeded one of 7 : 1 : 2 by class.
     The resized images are cached as one file.
     """
-    if size < 1:
-        raise InputError(f"image size {size} is not positive")
     source = find_pbc(root)
     names, fingerprint = list_pbc(source)
-    parts = split_pbc(root / "pbc_split.csv", names)  # before the long resize: it may be wrong
-    cached = cache_folder() / "pbc" / f"{fingerprint}-{size}.npy"
-    try:
-        images = np.load(cached, mmap_mode="r")
-    except (OSError, ValueError, EOFError):
-        images = resize_pbc(source, names, size)
-        write_atomically(cached, lambda path: _save_array(path, images))
-    rows = parts[split]
+    # Before the long resize: it may be wrong.
+    rows = split_pbc(source.with_name("pbc_split.csv"), names)[split]
+    images = _cached("pbc", fingerprint, size, lambda: resize_pbc(source, names, size))
     labels = np.array([PBC_CLASSES.index(names[row].split("/")[0]) for row in rows])
-    return "PBC", np.asarray(images[rows]), labels, BLOOD_CLASSES
-
-
-def _save_array(path: Path, array: np.ndarray) -> None:
-    with open(path, "wb") as file:
-        np.save(file, array)
+    return "PBC", images[rows], labels, BLOOD_CLASSES
 
 
 def find_pbc(root: Path) -> Path:
-    """The folder or zip of PBC in a data root. Raises InputError where there is neither."""
-    for path in (root / PBC_FOLDER, root / f"{PBC_FOLDER}.zip"):
+    """The folder or zip of PBC: in a data root, or `root` itself.
+
+    Raises InputError where there is neither.
+    """
+    for path in (root / name for name in PBC_NAMES):
         if path.exists():
             return path
+    if root.is_file() or any((root / kind).is_dir() for kind in PBC_CLASSES):
+        return root.absolute()
     raise InputError(
         f"neither {PBC_FOLDER} nor {PBC_FOLDER}.zip is in {root}; set DATA_ROOT "
         "(or --data-root) to the folder that holds the Mendeley data set snkd93bnjr, with "
@@ -343,52 +592,24 @@ def find_pbc(root: Path) -> Path:
 
 def list_pbc(source: Path) -> tuple[list[str], str]:
     """Sorted names `class/file.jpg` and a fingerprint of names and sizes."""
-    entries = []
-    try:
-        if source.is_dir():
-            entries = [(p.parent.name, p.name, p.stat().st_size) for p in source.glob("*/*.jpg")]
-        else:
-            with zipfile.ZipFile(source) as archive:
-                for info in archive.infolist():
-                    parts = info.filename.split("/")
-                    if info.filename.lower().endswith(".jpg") and len(parts) >= 2:
-                        entries.append((parts[-2], parts[-1], info.file_size))
-    except BROKEN_ARCHIVE as error:
-        raise InputError(f"{source} cannot be read ({error}); it may be cut short, get it anew")
-    # The Mendeley folder has a hidden file or two of the system that packed it.
-    entries = sorted(entry for entry in entries if not entry[1].startswith("."))
+    entries = [
+        (kind, file, size)
+        for kind, files in list_classes(source).items()
+        for file, size, _ in files
+        if file.lower().endswith(".jpg")
+    ]
     found = {entry[0] for entry in entries}
     if found != set(PBC_CLASSES):
         strange, missing = sorted(found - set(PBC_CLASSES)), sorted(set(PBC_CLASSES) - found)
         raise InputError(
             f"{source} is not the PBC set: missing classes {missing}, unknown classes {strange}"
         )
-    fingerprint = hashlib.sha256(repr(entries).encode()).hexdigest()[:16]
-    return [f"{kind}/{file}" for kind, file, _ in entries], fingerprint
+    return [f"{kind}/{file}" for kind, file, _ in entries], _fingerprint(entries)
 
 
 def resize_pbc(source: Path, names: list[str], size: int) -> np.ndarray:
     """The named images of a PBC folder or zip: centre crop 200, resized; uint8 [N, S, S, 3]."""
-    images = np.empty((len(names), size, size, 3), np.uint8)
-    archive = None if source.is_dir() else zipfile.ZipFile(source)
-    members = {}
-    if archive:
-        members = {"/".join(n.split("/")[-2:]): n for n in archive.namelist()}
-    for row, name in enumerate(progress(names, desc=f"PBC at {size} pixels")):
-        try:
-            data = archive.read(members[name]) if archive else (source / name).read_bytes()
-            image = Image.open(io.BytesIO(data)).convert("RGB")
-        except (*BROKEN_ARCHIVE, UnidentifiedImageError, ValueError, SyntaxError) as error:
-            reason = "no image" if isinstance(error, UnidentifiedImageError) else error
-            raise InputError(f"{source}: image {name} cannot be read ({reason}); get it anew")
-        if min(image.size) < 200:
-            raise InputError(f"{source}: image {name} is smaller than 200×200 pixels")
-        # Rounded as torchvision's centre crop does, which BloodMNIST was made with.
-        left, top = round((image.width - 200) / 2), round((image.height - 200) / 2)
-        image = image.crop((left, top, left + 200, top + 200))
-        # Pillow's bilinear filter is antialiased.
-        images[row] = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
-    return images
+    return resize_images(source, names, size, crop=200)
 
 
 def split_pbc(path: Path, names: list[str]) -> dict[str, list[int]]:
@@ -407,13 +628,256 @@ def split_pbc(path: Path, names: list[str]) -> dict[str, list[int]]:
         if len(set(listed)) < len(listed):
             raise InputError(f"{path} lists a file twice; get it anew")
         return {split: [row for _, row in sorted(rows)] for split, rows in parts.items()}
-    rng = np.random.default_rng(0)
-    for kind in PBC_CLASSES:
-        rows = rng.permutation([row for name, row in row_of.items() if name.startswith(kind)])
-        first, second = int(0.7 * len(rows)), int(0.8 * len(rows))
-        for split, some in zip(SPLITS, np.split(rows, [first, second]), strict=True):
-            parts[split] += some.tolist()
-    return parts
+    labels = np.array([PBC_CLASSES.index(name.split("/")[0]) for name in names])
+    return split_by_class(path.parent, labels, PBC_CLASSES)
+
+
+# ---------------------------------------------------------------------------------------------
+# BCCD
+# ---------------------------------------------------------------------------------------------
+
+BCCD_CLASSES = ("eosinophil", "lymphocyte", "monocyte", "neutrophil")
+# In studies of whole smears. They are the numbers of rows that name the class, so that a smear
+# with two cells counts twice; neutrophils alone are named in 217 rows.
+BCCD_PUBLISHED = {"eosinophil": 94, "lymphocyte": 37, "monocyte": 23, "neutrophil": 215}
+BCCD_MARGIN = 1.1  # side of the square over the longer side of the cell's box
+
+
+def _load_bccd(root: Path, size: int, split: str):
+    """BCCD (367 smears of 640×480 pixels): the white cell of each smear, cut by its box.
+
+    The square around the box's centre, its side 1.1 times the box's longer side, is moved inside
+    the smear and resized, so that all cells look about equally large. `bccd_counts` tells which
+    smears are left out. Split 7 : 1 : 2 by class; cached as one file.
+    """
+    cells, _ = _list_bccd(root)
+    folder = root / "BCCD" / "JPEGImages"
+    names, boxes = [name for name, _, _ in cells], [box for _, _, box in cells]
+    labels = np.array([label for _, label, _ in cells], np.int64)
+    rows = split_by_class(folder, labels, BCCD_CLASSES)[split]
+    entries = [(name, (folder / name).stat().st_size, box) for name, _, box in cells]
+    images = _cached(
+        "bccd", _fingerprint(entries), size, lambda: resize_images(folder, names, size, boxes=boxes)
+    )
+    return "BCCD", images[rows], labels[rows], BCCD_CLASSES
+
+
+def bccd_counts(root: str | Path) -> dict[str, dict[str, int]]:
+    """How many cells of BCCD are used and why the other rows of labels.csv are not.
+
+    Returns `used` by class, `left_out` by reason, and `published` by class for comparison. A row
+    is left out if it has no class, names several cells or a basophil, or if its smear is missing
+    or does not have exactly one box of a white cell. Raises InputError as `load_dataset` does.
+    """
+    cells, left_out = _list_bccd(Path(root))
+    used = Counter(BCCD_CLASSES[label] for _, label, _ in cells)
+    return {
+        "used": {kind: used[kind] for kind in BCCD_CLASSES},
+        "left_out": left_out,
+        "published": BCCD_PUBLISHED,
+    }
+
+
+def _list_bccd(root: Path) -> tuple[list[tuple[str, int, tuple]], dict[str, int]]:
+    """(file, label, square) of each cell that is used; the number of other rows by reason."""
+    folder = root / "BCCD"
+    labels = _bccd_labels(folder / "labels.csv")
+    smears = {path.name for path in (folder / "JPEGImages").glob("BloodImage_*.jpg")}
+    unknown = sorted(smears - {f"BloodImage_{number:05d}.jpg" for number in labels})
+    if unknown:
+        raise InputError(f"{folder / 'labels.csv'} has no row for {unknown[0]}; get it anew")
+    reasons = ("no class", "several cells", "basophil", "no image", "no box", "several boxes")
+    left_out = dict.fromkeys(reasons, 0)
+    cells = []
+    for number, kinds in labels.items():
+        name = f"BloodImage_{number:05d}"
+        annotation = folder / "Annotations" / f"{name}.xml"
+        if annotation.exists() and f"{name}.jpg" not in smears:
+            raise InputError(f"{folder / 'JPEGImages' / name}.jpg is missing; get BCCD anew")
+        boxes = _bccd_boxes(annotation) if annotation.exists() else []
+        if not kinds:
+            left_out["no class"] += 1
+        elif len(kinds) > 1:
+            left_out["several cells"] += 1
+        elif kinds == ["basophil"]:
+            left_out["basophil"] += 1
+        elif f"{name}.jpg" not in smears:
+            left_out["no image"] += 1
+        elif len(boxes) != 1:
+            left_out["several boxes" if boxes else "no box"] += 1
+        else:
+            cells.append((f"{name}.jpg", BCCD_CLASSES.index(kinds[0]), boxes[0]))
+    return cells, left_out
+
+
+def _bccd_labels(path: Path) -> dict[int, list[str]]:
+    """The classes that each row of labels.csv names, by the number of its smear."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; set DATA_ROOT to the folder that holds BCCD")
+    labels = {}
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        for line in csv.DictReader(file):
+            number, category = line.get("Image") or "", line.get("Category")
+            kinds = [kind.strip().lower() for kind in (category or "").split(",") if kind.strip()]
+            known = category is not None and set(kinds) <= {*BCCD_CLASSES, "basophil"}
+            if not (number.isdecimal() and known) or int(number) in labels:
+                raise InputError(
+                    f"{path}: the line {line} has no number of its own or an unknown class"
+                )
+            labels[int(number)] = kinds
+    return labels
+
+
+def _bccd_boxes(path: Path) -> list[tuple[int, int, int, int]]:
+    """The square around each white cell of an annotation: left, top, right, bottom."""
+    try:
+        root = ElementTree.parse(path).getroot()
+        width, height = (int(root.findtext(f"size/{side}")) for side in ("width", "height"))
+        boxes = [
+            [int(item.findtext(f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")]
+            for item in root.findall("object")
+            if item.findtext("name") == "WBC"
+        ]
+    except (OSError, ElementTree.ParseError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is no whole annotation ({error}); get it anew")
+    squares = []
+    for left, top, right, bottom in boxes:
+        if not (1 <= left < right <= width and 1 <= top < bottom <= height):
+            raise InputError(
+                f"{path}: the box {left}, {top}, {right}, {bottom} does not lie in its image of "
+                f"{width}×{height} pixels; correct it"
+            )
+        # Pixels are counted from 1, and the last one belongs to the box.
+        left, top = left - 1, top - 1
+        side = min(round(BCCD_MARGIN * max(right - left, bottom - top)), width, height)
+        x = min(max(round((left + right - side) / 2), 0), width - side)
+        y = min(max(round((top + bottom - side) / 2), 0), height - side)
+        squares.append((x, y, x + side, y + side))
+    return squares
+
+
+# ---------------------------------------------------------------------------------------------
+# MNIST and CelebA
+# ---------------------------------------------------------------------------------------------
+
+MNIST_CLASSES = tuple("0123456789")
+MNIST_TEST = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+MNIST_TRAIN = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
+
+
+def _load_mnist(root: Path, size: int, split: str):
+    """MNIST (LeCun et al. 1998), one grey channel, in torchvision's layout or downloaded by it.
+
+    The last tenth of the training digits (6,000) is the validation split. Where the test digits
+    alone are there, they are split 7 : 1 : 2 by class.
+    """
+    folder = root / "MNIST" / "raw"
+    files = _mnist_files(folder)
+    if not files:
+        _download_mnist(folder)
+        files = _mnist_files(folder)
+    missing = [name for name in MNIST_TEST + MNIST_TRAIN if name not in files]
+    if missing and missing != list(MNIST_TRAIN):
+        raise InputError(f"{folder} lacks {missing[0]}(.gz); get all of MNIST anew")
+    if missing:
+        name, (images, labels) = "MNIST (test digits)", _read_digits(files, MNIST_TEST)
+        rows = split_by_class(folder, labels, MNIST_CLASSES)[split]
+    else:
+        name = "MNIST"
+        images, labels = _read_digits(files, MNIST_TEST if split == "test" else MNIST_TRAIN)
+        held_out = len(labels) - len(labels) // 10
+        rows = {"train": slice(held_out), "val": slice(held_out, None), "test": slice(None)}[split]
+    images, labels = images[rows], labels[rows]
+    if size != images.shape[1]:
+        images = np.stack([Image.fromarray(x).resize((size, size), BILINEAR) for x in images])
+    return name, images[..., None], labels, MNIST_CLASSES
+
+
+def _mnist_files(folder: Path) -> dict[str, Path]:
+    """The files of MNIST that are there, packed by gzip or not."""
+    paths = {name: (folder / name, folder / f"{name}.gz") for name in MNIST_TEST + MNIST_TRAIN}
+    return {name: path for name, both in paths.items() for path in reversed(both) if path.exists()}
+
+
+def _download_mnist(folder: Path) -> None:
+    help_text = "set DATA_ROOT (or --data-root) to the folder that holds MNIST/raw"
+    with _download_of(folder, help_text), tempfile.TemporaryDirectory() as temporary:
+        from torchvision.datasets import MNIST
+
+        MNIST(temporary, download=True)
+        for name in (f"{name}.gz" for name in MNIST_TRAIN + MNIST_TEST):
+            whole = Path(temporary) / "MNIST" / "raw" / name
+            write_atomically(folder / name, lambda part, whole=whole: shutil.copyfile(whole, part))
+
+
+def _read_digits(files: dict[str, Path], names: tuple[str, str]) -> tuple[np.ndarray, np.ndarray]:
+    images, labels = (_read_idx(files[name]) for name in names)
+    labelled = labels.shape == images.shape[:1] and labels.max(initial=0) < len(MNIST_CLASSES)
+    if images.shape[1:] != (28, 28) or not labelled:
+        raise InputError(
+            f"{files[names[0]]} holds {list(images.shape)} and {files[names[1]].name} "
+            f"{list(labels.shape)}, not digits of 28×28 pixels with labels 0 to 9; get them anew"
+        )
+    return images, labels
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    """An array of bytes in MNIST's idx format: 0, 0, 8, number of axes, each length, the bytes."""
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        if data[:3] != b"\0\0\x08":
+            raise ValueError("it does not begin as an idx file of bytes")
+        axes = data[3]
+        shape = np.frombuffer(data, ">u4", axes, offset=4)
+        return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(shape)
+    except (*BROKEN_ARCHIVE, ValueError, IndexError) as error:
+        raise InputError(f"{path} cannot be read ({error}); it may be cut short, get it anew")
+
+
+def _load_celeba(root: Path, size: int, split: str, attribute: str = "Smiling"):
+    """CelebA (Liu et al. 2015) through torchvision: faces without and with one attribute.
+
+    The official splits; centre crop 178, resized to `size`, cached as one file per split.
+    """
+    folder = root / "celeba"
+    help_text = (
+        "put CelebA's img_align_celeba, list_attr_celeba.txt, list_eval_partition.txt, "
+        "identity_CelebA.txt, list_bbox_celeba.txt and list_landmarks_align_celeba.txt there"
+    )
+    try:
+        from torchvision.datasets import CelebA
+    except ImportError:
+        raise InputError("celeba is read through torchvision: pip install torchvision")
+    if not folder.exists():
+        # Beside it, then renamed: a download that breaks off leaves nothing behind.
+        with _download_of(folder, help_text):
+            root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=root) as temporary:
+                CelebA(temporary, download=True)
+                os.replace(Path(temporary) / "celeba", folder)
+    try:
+        faces = CelebA(root, split="valid" if split == "val" else split)
+        sizes = [(folder / "img_align_celeba" / name).stat().st_size for name in faces.filename]
+    except RuntimeError:
+        raise InputError(f"{folder}: a file of CelebA is missing or has another md5; {help_text}")
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read ({error}); {help_text}")
+    attributes = [name for name in faces.attr_names if name]
+    if attribute not in attributes:
+        raise InputError(f"CelebA has no attribute {attribute!r}; it has {', '.join(attributes)}")
+    images = _cached(
+        "celeba",
+        _fingerprint((faces.filename, sizes)),
+        size,
+        lambda: resize_images(folder / "img_align_celeba", faces.filename, size, crop=178),
+    )
+    labels = faces.attr[:, attributes.index(attribute)].numpy()
+    return f"CelebA ({attribute})", images, labels, (f"not {attribute}", attribute)
+
+
+# ---------------------------------------------------------------------------------------------
+# Duplicates
+# ---------------------------------------------------------------------------------------------
 
 
 def find_duplicates(sets: list[ImageSet]) -> list[tuple[str, int, str, int]]:
@@ -553,7 +1017,25 @@ def _load_demo(root: Path, size: int, split: str):
     return "demo", images[DEMO_ROWS[split]], labels[DEMO_ROWS[split]], BLOOD_CLASSES
 
 
-LOADERS = {"bloodmnist": _load_bloodmnist, "pbc": _load_pbc, "demo": _load_demo}
+LOADERS = {
+    "bloodmnist": _load_bloodmnist,
+    "pbc": _load_pbc,
+    "demo": _load_demo,
+    "mnist": _load_mnist,
+    "celeba": _load_celeba,
+    "folder": _load_folder,
+    "bccd": _load_bccd,
+}
+# Pixels, where no size is asked for.
+USUAL_SIZE = {
+    "bloodmnist": 28,
+    "pbc": 128,
+    "demo": 28,
+    "mnist": 28,
+    "celeba": 64,
+    "folder": 64,
+    "bccd": 64,
+}
 
 
 # ---------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     device = pick_device(options.device)
-    if options.reference in LOADERS:
+    if options.reference.partition(":")[0] in LOADERS:
         extractor = load_extractor(options.extractor, device)
         sets = {
             split: load_dataset(options.reference, options.data_root, options.image_size, split)

@@ -97,6 +97,7 @@ def extract(
 ) -> torch.Tensor:
     """Features of uint8 [N, 3, H, W] images in [0, 255]: float32 [N, dim] on the CPU.
 
+    Grey images [N, 1, H, W] are shown to the network as three equal channels, batch by batch.
     cache: keep them in the cache folder under the images' and the extractor's sha256; for images
     that no one will see again it only fills the disk. Raises InputError for images of another
     dtype or shape and for features that are not finite.
@@ -120,7 +121,7 @@ def _compute(images: torch.Tensor, extractor: Extractor, desc: str) -> torch.Ten
     batches = images.split(CUDA_BATCH if extractor.device.type == "cuda" else CPU_BATCH)
     return torch.cat(
         [
-            _run(extractor.module, batch, extractor.device, extractor.name)
+            _run(extractor.module, batch.expand(-1, 3, -1, -1), extractor.device, extractor.name)
             for batch in progress(batches, total=len(batches), desc=desc)
         ]
     )
@@ -129,12 +130,12 @@ def _compute(images: torch.Tensor, extractor: Extractor, desc: str) -> torch.Ten
 def _check_images(images: torch.Tensor) -> None:
     if images.numel() == 0:
         raise InputError(f"there are no images to evaluate: shape {list(images.shape)}")
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
         raise InputError(
-            "evaluation takes uint8 images [N, 3, H, W] in [0, 255], got "
+            "evaluation takes uint8 images [N, 3 or 1, H, W] in [0, 255], got "
             f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)} in "
             f"[{images.min().item():g}, {images.max().item():g}]; "
-            "convert with utils.to_uint8 and repeat a grey channel three times"
+            "convert with utils.to_uint8"
         )
 
 

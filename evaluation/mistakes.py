@@ -197,14 +197,14 @@ def originals(setup: Setup, n: int | None = None) -> torch.Tensor:
     Read from the PBC set beside the data set. Raises InputError where it is not there, or where
     its files are other cells.
     """
-    root = setup.data_root
-    source = find_pbc(root)
+    source = find_pbc(setup.data_root)
     names, _ = list_pbc(source)
-    parts = split_pbc(root / "pbc_split.csv", names)
+    split = source.with_name("pbc_split.csv")
+    parts = split_pbc(split, names)
     files = [names[row] for row in parts["val"] + parts["test"]]
     if len(files) != len(setup.held_out):
         raise InputError(
-            f"{root / 'pbc_split.csv'} names {len(files)} held-out cells, bloodmnist.npz has "
+            f"{split} names {len(files)} held-out cells, bloodmnist.npz has "
             f"{len(setup.held_out)}; get the file that belongs to it"
         )
     rows = setup.rows[:n]
@@ -215,7 +215,7 @@ def originals(setup: Setup, n: int | None = None) -> torch.Tensor:
     gaps = (small.float() - cells.float()).abs().mean((1, 2, 3))
     if gaps.max() > SAME_CELL:
         raise InputError(
-            f"{root / 'pbc_split.csv'} does not belong to bloodmnist.npz: cell "
+            f"{split} does not belong to bloodmnist.npz: cell "
             f"{rows[gaps.argmax()]} of the held-out ones is another; get the file that does"
         )
     return images

@@ -111,19 +111,24 @@ def test_result_does_not_depend_on_batches_or_order(small, cache, monkeypatch):
     torch.testing.assert_close(backwards.flip(0), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_grey_images_are_shown_as_three_equal_channels(small):
+    grey, extractor = images(9)[:, :1], load_extractor(small)
+    assert torch.equal(extract(grey, extractor), extract(grey.repeat(1, 3, 1, 1), extractor))
+
+
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
         (images(4).float() / 127.5 - 1, r"float32 \[4, 3, 28, 28\] in \[-1, 1\]"),
         (images(4).float() / 255, r"float32 .* in \[0, 1\]"),
         (images(4).long(), r"int64 .* in \[0, 255\]"),
-        (images(4)[:, :1], r"uint8 \[4, 1, 28, 28\]"),
+        (images(4)[:, :2], r"uint8 \[4, 2, 28, 28\]"),
         (images(4)[0], r"uint8 \[3, 28, 28\]"),
         (images(4).permute(0, 2, 3, 1), r"uint8 \[4, 28, 28, 3\]"),
         (images(4)[:0], r"no images"),
     ],
 )
-def test_anything_but_uint8_colour_images_is_refused(small, bad, words):
+def test_anything_but_uint8_images_is_refused(small, bad, words):
     with pytest.raises(InputError, match=words):
         extract(bad, load_extractor(small))
 
