@@ -12,7 +12,7 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo suite ablations fid checkpoints samples benchmark test clean
+.PHONY: help demo suite ablations fid checkpoints samples paper benchmark test clean
 
 help:
 	@echo "make demo       four models, two seeds (SEEDS=), drawn cells -> results/demo"
@@ -23,6 +23,7 @@ help:
 	@echo "make fid        measure the kept weights of all runs anew with Inception-v3 -> results/fid"
 	@echo "make checkpoints  ship the weights of finished best runs -> results/checkpoints"
 	@echo "make samples    draw grids with the shipped weights, without data -> samples (OUT=)"
+	@echo "make paper      the paper, from the records in results -> paper/paper.pdf"
 	@echo "make benchmark  speed of training, sampling and evaluation -> results/benchmarks"
 	@echo "make test       all tests"
 	@echo "make clean      remove results/demo and caches, not .venv and not other results"
@@ -60,6 +61,9 @@ checkpoints: $(INSTALLED)
 samples: OUT ?= samples
 samples: $(INSTALLED)
 	$(RUN) -m custom_models.checkpoints draw --out "$(OUT)"
+
+paper: $(INSTALLED)
+	$(RUN) -m paper.build
 
 benchmark: $(INSTALLED)
 	PYTHONPATH=. $(RUN) tests/benchmark.py
