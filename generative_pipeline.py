@@ -28,10 +28,12 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 from custom_models import MODELS, make_config
-from evaluation import features, figures, judge, kid, protocol
+from custom_models.drawing import as_kept, derive_seed, draw, labelled_grid
+from evaluation import features, figures, judge, kid, per_class, protocol
 from evaluation.copies import Suspects
 from evaluation.neighbours import k_nearest
 from utils import (
+    ImageSet,
     InputError,
     class_balanced_labels,
     find_duplicates,
@@ -44,7 +46,6 @@ from utils import (
     save_png,
     seed_everything,
     to_model_range,
-    to_uint8,
     write_atomically,
 )
 
@@ -55,13 +56,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 CHECKPOINT_FORMAT = 2
 WEIGHTS_FORMAT = 1
 SAVED_SAMPLES = 64
-SAMPLE_BATCH = 128  # fixed, so that a seed gives the same images everywhere
-
-
-def derive_seed(seed: int, purpose: str, step: int = 0) -> int:
-    """An independent 63-bit seed for each purpose and step of a run."""
-    digest = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+SAMPLING_SETTINGS = ("sampler", "sampling_steps", "guidance_scale")
 
 
 def run_folder(results: str | Path, model: str, preset: str, seed: int) -> Path:
@@ -73,8 +68,12 @@ class GenerativePipeline:
     """Trains, samples and measures one model with one seed.
 
     model, preset: names in `custom_models.MODELS` and its PRESETS; **settings change fields of the
-    preset's config. dataset, data_root: as in `utils.load_dataset`. out: the run's folder.
+    preset's config. dataset, data_root: as in `utils.load_dataset`. sets: splits of one's own in
+    their place, by name (train, val, test, held_out), of the config's image size; `train` alone is
+    enough to train and to sample. out: the run's folder.
     extractor: as in `evaluation.features.load_extractor`. device: auto, cpu or cuda.
+    precision: float32 or bfloat16; by default bfloat16 on CUDA, float32 on a CPU. checkpoint_path,
+    log_dir: the checkpoint's file (or folder) and TensorBoard's folder, if not in `out`.
     checkpoint_seconds: at least so long between checkpoints, which are written at ends of epochs.
     compile: torch.compile the networks; gains on CUDA only, and not where a gradient penalty needs
     a second derivative. Raises InputError for anything it can't work with.
@@ -89,25 +88,39 @@ class GenerativePipeline:
         out: str | Path | None = None,
         data_root: str | Path | None = None,
         extractor: str | Path | None = None,
+        sets: dict[str, ImageSet] | None = None,
         device: str = "auto",
+        precision: str | None = None,
+        checkpoint_path: str | Path | None = None,
+        log_dir: str | Path | None = None,
         checkpoint_seconds: float = 60,
         compile: bool = False,
         **settings,
     ):
-        self.name, self.preset, self.dataset, self.seed = model, preset, dataset, seed
+        self.name, self.preset, self.seed = model, preset, seed
+        self.dataset = sets["train"].name if sets else dataset
         self.config = make_config(model, preset, **settings)
         self.out = Path(out or run_folder(RESULTS, model, preset, seed))
         self.device = pick_device(device)
+        self.precision = pick_precision(precision, self.device)
+        self._checkpoint_path, self.log_dir = checkpoint_path, log_dir
         self.checkpoint_seconds = checkpoint_seconds
         self.extractor_name, self._extractor = extractor, None
-        self.sets = {
+        self.sets = sets or {
             split: load_dataset(dataset, data_root, self.config.image_size, split)
             for split in ("train", "val", "test", "held_out")
         }
-        train = self.sets["train"]
-        self.config = dataclasses.replace(
-            self.config, n_classes=len(train.classes), image_channels=train.images.shape[1]
-        )
+        train, size = self.sets["train"], self.config.image_size
+        if train.images.shape[2:] != (size, size):
+            raise InputError(
+                f"{train.name} has images of {list(train.images.shape[2:])} pixels, but the model "
+                f"draws {size}; set image_size"
+            )
+        from_data = {"n_classes": len(train.classes), "image_channels": train.images.shape[1]}
+        stored_as_jpeg = train.name.startswith("BloodMNIST") and size == 28
+        if hasattr(self.config, "JPEG_ELSEWHERE") and not stored_as_jpeg:
+            from_data["jpeg_quality"] = settings.get("jpeg_quality", self.config.JPEG_ELSEWHERE)
+        self.config = dataclasses.replace(self.config, **from_data)
         self.dataset_sha256 = train.sha256()
         self.train_set = train.to(self.device)
         self.steps_per_epoch = len(train) // self.config.images_per_step
@@ -157,22 +170,26 @@ class GenerativePipeline:
         """
         if self.load_weights():
             return
-        self.load_checkpoint()
+        if self.load_checkpoint() and self.step < self.total_steps:
+            print(f"going on after epoch {len(self.history)} from {self.checkpoint_path}")
         writer = self._tensorboard()
         last_saved = time.monotonic()
         epochs = range(self.step // self.steps_per_epoch, self.config.epochs)
         bar = progress(epochs, desc=f"{self.name} {self.preset} seed {self.seed}, epochs")
         with _deterministic_on(self.device):
             for epoch in bar:
+                seconds_before = self.seconds
                 row = self._train_epoch(epoch)
                 self.history.append(row)
                 if hasattr(bar, "set_postfix"):
                     bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k != "epoch"})
-                if writer:
-                    for name, value in row.items():
-                        writer.add_scalar(name, value, self.step)
                 self._validate(epoch)
-                self._save_progress_grid(epoch)
+                if writer:
+                    images = self.steps_per_epoch * self.config.images_per_step
+                    speed = images / (self.seconds - seconds_before)
+                    for name, value in {**row, "images_per_second": speed}.items():
+                        writer.add_scalar(name, value, self.step)
+                self._save_progress_grid(epoch, writer)
                 if self.step == self.total_steps:
                     self.training = self._describe_training()
                     self.save_checkpoint()
@@ -219,7 +236,7 @@ class GenerativePipeline:
         # Its cache of rounded weights would outlive an optimizer's step, and a step of training
         # may hold several of them.
         return torch.autocast(
-            "cuda", torch.bfloat16, enabled=self.device.type == "cuda", cache_enabled=False
+            "cuda", torch.bfloat16, enabled=self.precision == "bfloat16", cache_enabled=False
         )
 
     def _validate(self, epoch: int) -> None:
@@ -239,22 +256,36 @@ class GenerativePipeline:
         if self.best is None or value < self.best["validation_kid"]:
             self.best = {"step": self.step, "validation_kid": value, "state": model.state_dict()}
 
-    def _save_progress_grid(self, epoch: int) -> None:
-        """The same noise at 25, 50, 75 and 100 % of the training."""
+    def _save_progress_grid(self, epoch: int, writer) -> None:
+        """The same noise at 25, 50, 75 and 100 % of the training; in TensorBoard, with the classes'
+        names, after every tenth epoch too."""
         marks = {-(-self.config.epochs * percent // 100): percent for percent in (25, 50, 75, 100)}
-        if epoch + 1 in marks:
-            labels = class_balanced_labels(self.config.n_classes, 8)
-            model = self._ready_to_sample(self._averaged_model())
-            images = self._sample_from(model, labels, derive_seed(self.seed, "progress"))
-            path = self.out / "progress" / f"{marks[epoch + 1]:03d}.png"
+        percent = marks.get(epoch + 1)
+        if percent is None and not (writer and (epoch + 1) % 10 == 0):
+            return
+        labels = class_balanced_labels(self.config.n_classes, 8)
+        model = self._ready_to_sample(self._averaged_model())
+        images = self._sample_from(model, labels, derive_seed(self.seed, "progress"))
+        if percent:
+            path = self.out / "progress" / f"{percent:03d}.png"
             save_png(make_grid(images, columns=8, zoom=2), path)
+        if writer:
+            names = list(self.sets["train"].classes) if model.conditional else []
+            grid = labelled_grid(images, names, columns=8)
+            writer.add_image("samples", grid, self.step, dataformats="HWC")
 
     def _tensorboard(self):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
+            if self.log_dir:
+                raise InputError(
+                    "log_dir is TensorBoard's, which is not installed; pip install tensorboard, or "
+                    "leave it out"
+                ) from None
             return None
-        return SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step + 1)
+        folder = self.log_dir or self.out / "tensorboard"
+        return SummaryWriter(str(folder), purge_step=self.step + 1)
 
     # -----------------------------------------------------------------------------------------
     # Checkpoints
@@ -262,13 +293,16 @@ class GenerativePipeline:
 
     @property
     def checkpoint_path(self) -> Path:
-        return self.out / "checkpoint.pt"
+        path = Path(self._checkpoint_path or self.out / "checkpoint.pt")
+        return path / "checkpoint.pt" if path.is_dir() else path
 
     def save_checkpoint(self) -> None:
         """Write the whole state aside and rename it: plain types and tensors only."""
         state = {
             "format": CHECKPOINT_FORMAT,
             "identity": self._identity(),
+            "classes": list(self.sets["train"].classes),
+            "precision": self.precision,
             "step": self.step,
             "seconds": self.seconds,
             "history": self.history,
@@ -286,6 +320,12 @@ class GenerativePipeline:
         state = self._read_state(self.checkpoint_path, CHECKPOINT_FORMAT)
         if state is None:
             return False
+        stored = state.get("precision", self.precision)  # older checkpoints don't name it
+        if stored != self.precision and state["step"] < self.total_steps:
+            raise InputError(
+                f"{self.checkpoint_path} is of a training in {stored}, not in {self.precision}; go "
+                f"on with --precision {stored}, or choose another folder"
+            )
         self.model.load_state_dict(state["model"])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
@@ -306,6 +346,7 @@ class GenerativePipeline:
         state = {
             "format": WEIGHTS_FORMAT,
             "identity": self._identity(),
+            "classes": list(self.sets["train"].classes),
             "training": self.training,
             "history": self.history,
             "state": self._kept_state(),
@@ -391,10 +432,7 @@ class GenerativePipeline:
             state = self.best["state"]
         else:
             state = self._ready_to_sample(self._averaged_model()).state_dict()
-        return {
-            name: value.half() if value.is_floating_point() else value.clone()
-            for name, value in state.items()
-        }
+        return as_kept(state)
 
     def kept_model(self) -> torch.nn.Module:
         """The trained model, from the very weights that are kept on the disk."""
@@ -415,18 +453,8 @@ class GenerativePipeline:
         return self._sample_from(model, labels, seed)
 
     def _sample_from(self, model, labels: torch.Tensor, seed: int) -> torch.Tensor:
-        was_training = model.training
-        model.eval()  # batch statistics would let one image of a batch change another
-        generator = torch.Generator(self.device).manual_seed(seed)
-        batches = labels.split(SAMPLE_BATCH)
-        if len(batches) > 8:
-            batches = progress(batches, desc="samples, batches")
-        images = []
-        with torch.inference_mode(), self._autocast():
-            for batch in batches:
-                images.append(to_uint8(model.sample(batch.to(self.device), generator)).cpu())
-        model.train(was_training)
-        return torch.cat(images)
+        with self._autocast():
+            return draw(model, labels, seed)
 
     # -----------------------------------------------------------------------------------------
     # Evaluation and the record
@@ -511,6 +539,69 @@ class GenerativePipeline:
 
         write_atomically(self.out / "samples.npz", write)
 
+    def evaluate_per_class(self, n: int = per_class.N) -> dict:
+        """Measure a conditional model class by class, with `n` images of each.
+
+        Returns what `per_class.evaluate_per_class` does; kept in per_class.json, with a table and a
+        picture beside it, and measured once. Raises InputError for a model without classes.
+        """
+        if not self.model.conditional:
+            raise InputError(f"{self.name} can't be asked for a class; evaluate() measures it")
+        path, key = self.out / "per_class.json", {"key": self.run_key(), "n": n}
+        with contextlib.suppress(OSError, ValueError):
+            stored = json.loads(path.read_text())
+            if {name: stored.get(name) for name in key} == key:
+                return stored
+        labels = class_balanced_labels(self.config.n_classes, n)
+        images = self.sample(labels)
+        result = per_class.evaluate_per_class(images, labels, self.sets, self.extractor())
+        picture = figures.real_and_generated_by_class(result, self.sets["held_out"], images, labels)
+        figures.save(picture, self.out / "per_class.png")
+        table = per_class.per_class_markdown(result)
+        write_atomically(self.out / "per_class.md", lambda file: file.write_text(table))
+        text = json.dumps({**key, **result}, indent=1, ensure_ascii=False) + "\n"
+        write_atomically(path, lambda file: file.write_text(text))
+        return {**key, **result}
+
+    def measure_sampling(self, variants: list[dict], n: int = 512) -> list[dict]:
+        """KID of the kept weights' images under other settings of the sampler.
+
+        variants: settings of the config that sampling alone reads, such as {"sampling_steps": 8};
+        the preset's own comes first. n: images of each, for the first validation cells' labels,
+        all from the same noise; they are compared with the validation split, so that a setting may
+        be chosen by them. Returns a row for each: settings, evaluations of the network for one
+        image, kid and kid_standard_error. They are kept in sampling.json, and measured once.
+        """
+        val, extractor, path = self.sets["val"], self.extractor(), self.out / "sampling.json"
+        chosen = [self._sampling_settings(settings) for settings in ({}, *variants)]
+        study = {"key": self.run_key(), "extractor": extractor.name, "n": n, "settings": chosen}
+        with contextlib.suppress(OSError, ValueError):
+            stored = json.loads(path.read_text())
+            if {name: stored.get(name) for name in study} == study:
+                return stored["rows"]
+        real, model, rows = features.extract(val.images, extractor), self.kept_model(), []
+        for settings in progress(chosen, desc="sampler settings"):
+            model.config = dataclasses.replace(self.config, **settings)
+            fakes = self._sample_from(model, val.labels[:n], derive_seed(self.seed, "sampling"))
+            kid_value, error = kid.kernel_distance(
+                real, features.extract(fakes, extractor, cache=False)
+            )
+            rows.append(
+                {
+                    **settings,
+                    "evaluations": model.evaluations(),
+                    "kid": kid_value,
+                    "kid_standard_error": error,
+                }
+            )
+        text = json.dumps({**study, "rows": rows}, indent=1) + "\n"
+        write_atomically(path, lambda partial: partial.write_text(text))
+        return rows
+
+    def _sampling_settings(self, changes: dict) -> dict:
+        config = dataclasses.replace(self.config, **changes)
+        return {name: getattr(config, name) for name in SAMPLING_SETTINGS}
+
     def nearest_training_images(self, images: torch.Tensor, k: int = 4) -> torch.Tensor:
         """For each image the k nearest training images in feature space, uint8 [N, k, C, S, S]."""
         extractor, train = self.extractor(), self.sets["train"]
@@ -535,7 +626,7 @@ class GenerativePipeline:
             "kept_step": self.best["step"] if self.best else self.total_steps,
             "seconds": round(self.seconds, 1),
             "images_per_second": round(images_seen / self.seconds, 1),
-            "precision": "bfloat16" if self.device.type == "cuda" else "float32",
+            "precision": self.precision,
             **describe_machine(self.device),
         }
 
@@ -567,6 +658,16 @@ class GenerativePipeline:
             "metrics": metrics,
             "history": self.history,
         }
+
+
+def pick_precision(name: str | None, device: torch.device) -> str:
+    """Of a training: `name`, or the device's usual one. InputError for what it can't do well."""
+    usual = "bfloat16" if device.type == "cuda" else "float32"
+    if name not in (None, "float32", "bfloat16"):
+        raise InputError(f"unknown precision {name!r}; use float32 or bfloat16")
+    if name == "bfloat16" and device.type == "cpu":
+        raise InputError("bfloat16 is about 13 times slower than float32 on a CPU; use float32")
+    return name or usual
 
 
 @contextlib.contextmanager

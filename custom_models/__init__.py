@@ -5,11 +5,11 @@ A preset's config knows its own class of model: those of `best` lie in files of 
 
 import dataclasses
 
-from custom_models import cvae, cwgan_gp, dcgan, ddpm
+from custom_models import cgan, cvae, cwgan_gp, dcgan, ddpm
 from custom_models.config import ModelConfig
 from utils import InputError
 
-MODELS = {"cvae": cvae, "dcgan": dcgan, "ddpm": ddpm, "cwgan_gp": cwgan_gp}
+MODELS = {"cvae": cvae, "dcgan": dcgan, "ddpm": ddpm, "cwgan_gp": cwgan_gp, "cgan": cgan}
 
 
 def make_config(model: str, preset: str = "baseline", **settings) -> ModelConfig:

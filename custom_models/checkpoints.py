@@ -13,25 +13,23 @@ import hashlib
 import json
 from pathlib import Path
 
-import safetensors
 import torch
 from matplotlib.figure import Figure
 from safetensors.torch import save
 from torch import nn
 
-from custom_models import MODELS, make_config
+from custom_models import MODELS
+from custom_models.drawing import SHIPPED_FORMAT, load_shipped, sample
 from evaluation import figures, tables
-from generative_pipeline import SAMPLE_BATCH, WEIGHTS_FORMAT, derive_seed, run_folder
+from generative_pipeline import WEIGHTS_FORMAT, run_folder
 from utils import (
     InputError,
     OneSentenceParser,
     class_balanced_labels,
     exit_on_bad_input,
-    to_uint8,
     write_atomically,
 )
 
-FORMAT = 1
 PRESET, SEED = "best", 0
 LARGEST = 25_000_000  # bytes
 
@@ -40,6 +38,7 @@ KINDS = {
     "dcgan": "a generative adversarial network",
     "ddpm": "a diffusion model",
     "cwgan_gp": "a Wasserstein GAN with gradient penalty",
+    "cgan": "a conditional generative adversarial network",
 }
 # By data set: where the cells come from and their licence, then what this means for the model.
 PBC_LIMITS = (
@@ -64,6 +63,24 @@ DATA = {
         "code.",
         "Drawn cells only show that the code runs; the images say nothing of real blood.",
     ),
+    "bccd": (
+        "BCCD, one white cell cut from each smear. Licence of the data: MIT.",
+        "A few hundred cells of one source, some classes with a few dozen; nothing is known of "
+        "other laboratories, stains or diseases, or of the patients.",
+    ),
+    "mnist": (
+        "MNIST (LeCun et al. 1998), handwritten digits.",
+        "Digits only show that the code runs; they say nothing of blood.",
+    ),
+    "celeba": (
+        "CelebA (Liu et al. 2015), photographs of well-known people, for research that is not "
+        "commercial.",
+        "The faces are of real people; the images may resemble them.",
+    ),
+    "folder": (
+        "A folder of images of the user's own; its licence is the user's to state.",
+        "What holds for these images and their origin holds for the model.",
+    ),
 }
 
 
@@ -82,7 +99,7 @@ def ship(run: str | Path, out: str | Path) -> Path:
     state, record = _read_run(Path(run))
     metrics = record["metrics"]
     about = {
-        "format": FORMAT,
+        "format": SHIPPED_FORMAT,
         "model": record["model"],
         "preset": record["preset"],
         "seed": record["seed"],
@@ -166,7 +183,7 @@ def model_card(record: dict) -> str:
         if conditional
         else "It can't be asked for a class."
     )
-    origin, limits = DATA[data["source"]]
+    origin, limits = DATA[data["source"].partition(":")[0]]
     size, file = config["image_size"], record["checkpoint"]["file"]
     return f"""# {model} {preset}
 
@@ -220,85 +237,8 @@ of patients' cells where a medical product is tested. {limits}
 
 
 # ---------------------------------------------------------------------------------------------
-# Loading and drawing
+# Drawing
 # ---------------------------------------------------------------------------------------------
-
-
-def load_shipped(path: str | Path) -> tuple[nn.Module, dict]:
-    """The model of a .safetensors file, in float32 on the CPU and in eval mode, and what it is.
-
-    The second are plain types: format, model, preset, seed, config, classes, image_size, dataset,
-    dataset_sha256, code_version. Raises InputError for a file that is missing, broken, of another
-    format, not that of the .json beside it, or whose tensors are not those of its model.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; `make checkpoints` writes the shipped ones")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            names = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
-            about = json.loads(file.metadata()["checkpoint"])
-        if about["format"] != FORMAT:
-            raise KeyError("format")
-    except (KeyError, TypeError):
-        raise InputError(
-            f"{path} is no checkpoint of format {FORMAT} of this suite; get it anew, or the "
-            "version of the suite that wrote it"
-        ) from None
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path} cannot be read as safetensors ({error}); get it anew") from None
-    _check_sha256(path)
-    try:
-        model = make_config(about["model"], about["preset"], **about["config"]).build()
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    expected = {
-        name: (torch.float16 if value.is_floating_point() else value.dtype, value.shape)
-        for name, value in model.state_dict().items()
-    }
-    for name in sorted({*expected, *tensors}):
-        found = (tensors[name].dtype, tensors[name].shape) if name in tensors else None
-        if found != expected.get(name):
-            raise InputError(
-                f"{path}: tensor {name} is {_describe(found)}, but the model's is "
-                f"{_describe(expected.get(name))}; get the file anew"
-            )
-    # The layout of a training's networks, in which their sums have the same order.
-    model.to(memory_format=torch.channels_last).load_state_dict(tensors)
-    return model.eval(), about
-
-
-def _describe(tensor: tuple[torch.dtype, torch.Size] | None) -> str:
-    return f"{str(tensor[0]).removeprefix('torch.')} {list(tensor[1])}" if tensor else "missing"
-
-
-def _check_sha256(path: Path) -> None:
-    """Refuse weights that are not those of the record beside them, if there is one."""
-    beside = path.with_suffix(".json")
-    if not beside.exists():
-        return
-    try:
-        expected = json.loads(beside.read_text(encoding="utf-8"))["checkpoint"]["sha256"]
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{beside} is no record of a checkpoint; get it anew") from None
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != expected:
-        raise InputError(
-            f"{path} has the sha256 {found[:8]}…, {beside.name} beside it names {expected[:8]}…; "
-            "get both anew"
-        )
-
-
-def sample(model: nn.Module, labels: torch.Tensor, seed: int) -> torch.Tensor:
-    """One image for each label, uint8 [N, C, S, S]: those of `GenerativePipeline.sample` on a CPU.
-
-    labels: int64 [N]; an unconditional model uses only their number.
-    """
-    generator = torch.Generator().manual_seed(derive_seed(seed, "samples"))
-    batches = labels.split(SAMPLE_BATCH)
-    with torch.inference_mode():
-        return torch.cat([to_uint8(model.sample(batch, generator)) for batch in batches])
 
 
 def grid(model: nn.Module, about: dict, seed: int) -> Figure:
@@ -343,7 +283,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def ship_all(results: str | Path, out: str | Path) -> None:
     """Ship seed 0 of each model's `best` run; one that is not finished is named and left out."""
-    for model in MODELS:
+    for model in (name for name in MODELS if PRESET in MODELS[name].PRESETS):
         run = run_folder(results, model, PRESET, SEED)
         missing = [name for name in ("weights.pt", "record.json") if not (run / name).exists()]
         if missing:

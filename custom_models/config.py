@@ -2,7 +2,10 @@
 
 import ast
 import dataclasses
+import inspect
+import io
 import math
+import tokenize
 from dataclasses import dataclass
 
 from torch import nn
@@ -14,13 +17,13 @@ from utils import InputError
 class ModelConfig:
     """Settings that every model has; each model's config adds its own and sets its defaults."""
 
-    image_size: int = 28  # pixels
-    image_channels: int = 3
-    n_classes: int = 8
+    image_size: int = 28  # side of the square images, in pixels
+    image_channels: int = 3  # 3: colour, 1: grey; decided by the data
+    n_classes: int = 8  # decided by the data
     epochs: int = 100  # passes over the training images
-    batch_size: int = 128
-    ema_decay: float = 0.0  # of the weights' running mean; 0: none
-    flips_and_turns: bool = False  # one of the eight at random for each image
+    batch_size: int = 128  # images of one update
+    ema_decay: float = 0.0  # of the weights' running mean, in [0, 1); 0: none
+    flips_and_turns: bool = False  # show each image in one of its eight flips and turns, at random
     validation_epochs: int = 0  # epochs between validation KIDs; 0: the last step is kept
 
     def __post_init__(self):
@@ -65,6 +68,19 @@ class ModelConfig:
         """Raise InputError naming the setting `name`, unless the condition holds."""
         if not condition:
             raise InputError(f"{name} must be {rule}, got {getattr(self, name)}")
+
+
+def help_texts(config: ModelConfig) -> dict[str, str]:
+    """What each setting means: the comment beside its field in the source, or beside a base's."""
+    texts = {}
+    for kind in reversed(type(config).__mro__):
+        if dataclasses.is_dataclass(kind):
+            source = io.StringIO(inspect.getsource(kind))
+            for token in tokenize.generate_tokens(source.readline):
+                name = token.line.partition(":")[0].strip()
+                if token.type == tokenize.COMMENT and name in kind.__annotations__:
+                    texts[name] = token.string.removeprefix("#").strip()
+    return texts
 
 
 def parse_settings(pairs: list[str]) -> dict:

@@ -18,11 +18,11 @@ from custom_models.config import ModelConfig
 
 @dataclass(frozen=True)
 class Config(ModelConfig):
-    latent_dim: int = 64
-    channels: tuple = (32, 64, 128)  # of the encoder; the decoder mirrors them
+    latent_dim: int = 64  # random numbers behind an image
+    channels: tuple = (32, 64, 128)  # widths of the encoder; the decoder mirrors them
     kl_weight: float = 0.75  # weight of the KL term; 1 is the evidence lower bound
     conditional: bool = False  # give the class to encoder and decoder
-    lr: float = 1e-3
+    lr: float = 1e-3  # step size of Adam
 
     def __post_init__(self):
         super().__post_init__()

@@ -12,20 +12,20 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from custom_models import residual_cwgan_gp
 from custom_models.config import ModelConfig
-from custom_models.layers import init_dcgan
+from custom_models.layers import init_dcgan, sides_down_to_four, transposed_convolutions
 
 
 @dataclass(frozen=True)
 class Config(ModelConfig):
-    latent_dim: int = 100
-    embed_size: int = 100  # of the generator's class embedding
-    base_channels: int = 64  # at half the image's side; doubled at each further halving
+    latent_dim: int = 100  # random numbers behind an image
+    embed_size: int = 100  # length of the generator's class embedding
+    base_channels: int = 64  # width at half the image's side; doubled at each further halving
     critic_steps: int = 5  # critic updates to one of the generator
-    gradient_penalty: float = 10.0  # λ of equation (3)
-    lr: float = 1e-4
-    beta1_critic: float = 0.0  # of Adam
-    beta1_generator: float = 0.5
-    beta2: float = 0.9
+    gradient_penalty: float = 10.0  # weight λ of the penalty, equation (3)
+    lr: float = 1e-4  # step size of Adam, for both networks
+    beta1_critic: float = 0.0  # of Adam: share of the past in the critic's mean gradient
+    beta1_generator: float = 0.5  # the same for the generator
+    beta2: float = 0.9  # of Adam: share of the past in the mean squared gradient, for both networks
     epochs: int = 120
 
     def __post_init__(self):
@@ -65,41 +65,22 @@ PRESETS = {
 }
 
 
-def _sizes(config: Config) -> list[int]:
-    """Sides from the image down to about 4 pixels: 28, 14, 7, 4 or 64, 32, 16, 8, 4."""
-    sizes = [config.image_size]
-    while sizes[-1] > 4:
-        sizes.append((sizes[-1] + 1) // 2)
-    return sizes
-
-
 class Generator(nn.Module):
     """z [N, latent_dim] and labels [N] → images in [-1, 1], [N, C, S, S]."""
 
     def __init__(self, config: Config):
         super().__init__()
-        sizes = _sizes(config)
-        widths = [config.base_channels * 2**i for i in range(len(sizes) - 1)]
         self.embedding = nn.Embedding(config.n_classes, config.embed_size)
-        inputs = config.latent_dim + config.embed_size
-        layers = [nn.ConvTranspose2d(inputs, widths[-1], sizes[-1], bias=False)]
-        for level in range(len(widths) - 1, 0, -1):
-            layers += [nn.BatchNorm2d(widths[level]), nn.ReLU()]
-            layers += [_doubling(widths[level], widths[level - 1], sizes[level])]
-        layers += [nn.BatchNorm2d(widths[0]), nn.ReLU()]
-        layers += [_doubling(widths[0], config.image_channels, sizes[0]), nn.Tanh()]
-        self.layers = nn.Sequential(*layers)
+        self.layers = transposed_convolutions(
+            config.latent_dim + config.embed_size,
+            config.base_channels,
+            config.image_channels,
+            config.image_size,
+        )
 
     def forward(self, latents: Tensor, labels: Tensor) -> Tensor:
         inputs = torch.cat([latents, self.embedding(labels)], dim=1)
         return self.layers(inputs[:, :, None, None])
-
-
-def _doubling(inputs: int, outputs: int, size: int) -> nn.ConvTranspose2d:
-    """Doubles the side; a kernel of 3 reaches an odd one (4 → 7) that 4 would overshoot."""
-    return nn.ConvTranspose2d(
-        inputs, outputs, 3 if size % 2 else 4, stride=2, padding=1, bias=False
-    )
 
 
 class Critic(nn.Module):
@@ -110,7 +91,7 @@ class Critic(nn.Module):
         self.image_size = config.image_size
         self.embedding = nn.Embedding(config.n_classes, config.image_size**2)
         layers, previous, size = [], config.image_channels + 1, config.image_size
-        for level in range(len(_sizes(config)) - 1):
+        for level in range(len(sides_down_to_four(config.image_size)) - 1):
             width = config.base_channels * 2**level
             layers.append(spectral_norm(nn.Conv2d(previous, width, 4, 2, padding=1, bias=False)))
             # Not batch norm: the penalty is on each image's own gradient (section 4). Nor on the

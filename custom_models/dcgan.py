@@ -16,14 +16,14 @@ from custom_models.layers import init_dcgan
 
 @dataclass(frozen=True)
 class Config(ModelConfig):
-    latent_dim: int = 100
-    generator_channels: tuple = (256, 128, 64, 32)  # at 4, 8, 16 and 32 pixels
-    discriminator_channels: tuple = (32, 64, 128, 256)  # at 14, 7, 3 and 1 pixels
-    real_label: float = 0.9  # targets of the cross entropy
-    fake_label: float = 0.1
+    latent_dim: int = 100  # random numbers behind an image
+    generator_channels: tuple = (256, 128, 64, 32)  # widths at 4, 8, 16 and 32 pixels
+    discriminator_channels: tuple = (32, 64, 128, 256)  # widths at 14, 7, 3 and 1 pixels
+    real_label: float = 0.9  # the cross entropy's target for real images, in [0, 1]
+    fake_label: float = 0.1  # its target for generated ones, in [0, 1]
     generator_steps: int = 3  # generator updates to one of the discriminator
-    lr: float = 1e-3
-    beta1: float = 0.5  # of Adam
+    lr: float = 1e-3  # step size of Adam, for both networks
+    beta1: float = 0.5  # of Adam: share of the past in the mean gradient
     epochs: int = 40
 
     def __post_init__(self):

@@ -16,15 +16,15 @@ from custom_models.config import ModelConfig
 
 @dataclass(frozen=True)
 class Config(ModelConfig):
-    channels: tuple = (64, 128, 256, 512)  # of the U-Net's levels
-    timesteps: int = 500  # T
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
-    lr: float = 1e-4
+    channels: tuple = (64, 128, 256, 512)  # widths of the U-Net's levels
+    timesteps: int = 500  # T, steps from an image to noise
+    beta_start: float = 1e-4  # variance of the noise that the first step adds
+    beta_end: float = 0.02  # and the last; between them it rises evenly
+    lr: float = 1e-4  # step size of Adam
     epochs: int = 500
-    sampler: str = "ancestral"  # or "ddim"
-    sampling_steps: int = 500  # of DDIM; the ancestral sampler takes all T
-    variance: str = "beta"  # of the ancestral sampler: "beta" or "posterior"
+    sampler: str = "ancestral"  # ancestral or ddim
+    sampling_steps: int = 500  # of ddim; the ancestral sampler takes all T
+    variance: str = "beta"  # of the ancestral sampler: beta or posterior
 
     def __post_init__(self):
         super().__post_init__()

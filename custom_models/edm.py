@@ -5,6 +5,7 @@ to the network and classifier-free guidance (Ho and Salimans 2022).
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from custom_models.config import ModelConfig
 from custom_models.layers import JPEG
-from custom_models.samplers import SAMPLERS, karras_sigmas
+from custom_models.samplers import SAMPLERS, evaluations, karras_sigmas
 
 
 def heads(channels: int) -> int:
@@ -28,28 +29,29 @@ class Config(ModelConfig):
     three times that: 7 GFLOP. 420 epochs of BloodMNIST are 4.9 million images.
     """
 
-    channels: tuple = (64, 128, 256)  # of the U-Net's levels, multiples of 8
+    channels: tuple = (64, 128, 256)  # widths of the U-Net's levels, multiples of 8
     blocks: int = 2  # residual blocks of a level, on the way down and again on the way up
     attention_from: int = 1  # the first level with self-attention; the image's own size is level 0
-    dropout: float = 0.1
-    label_dropout: float = 0.1  # share of training images whose class is not told
-    augment_probability: float = 0.2  # of each of the four augmentations
-    sigma_data: float = 0.5  # BloodMNIST in [-1, 1]: 0.41 about its mean 0.43, 0.60 about zero
-    p_mean: float = -1.2  # of log σ in training
-    p_std: float = 1.2
-    lr: float = 1e-3
+    dropout: float = 0.1  # share of each block's features left out in training, in [0, 1)
+    label_dropout: float = 0.1  # share of training images whose class is not told, in [0, 1)
+    augment_probability: float = 0.2  # of each of the four augmentations, in [0, 1]
+    sigma_data: float = 0.5  # pixels' spread; BloodMNIST: 0.41 about its mean 0.43, 0.60 about zero
+    p_mean: float = -1.2  # mean of log σ in training
+    p_std: float = 1.2  # its standard deviation
+    lr: float = 1e-3  # step size of Adam, after the warm-up
     warmup_images: int = 100_000  # images over which the learning rate rises from 0 to lr
     epochs: int = 420
     batch_size: int = 256
     ema_decay: float = 0.9995
     validation_epochs: int = 42
-    sampler: str = "dpm_solver_2m"  # one of custom_models.samplers.SAMPLERS
-    sampling_steps: int = 32
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    rho: float = 7.0
-    guidance_scale: float = 1.0  # 1: none
+    sampler: str = "dpm_solver_2m"  # heun, ddim or dpm_solver_2m
+    sampling_steps: int = 32  # levels of noise on the way to an image
+    sigma_min: float = 0.002  # lowest level of noise in sampling, for images in [-1, 1]
+    sigma_max: float = 80.0  # highest level, where sampling begins
+    rho: float = 7.0  # how much denser the levels lie at low noise; 1: evenly
+    guidance_scale: float = 1.0  # how strongly the class pulls at a sample; 1: as trained
     jpeg_quality: int = 75  # of the JPEG that samples are stored in, as BloodMNIST was; 0: none
+    JPEG_ELSEWHERE: ClassVar[int] = 0  # jpeg_quality for data that was not stored as JPEG
 
     def __post_init__(self):
         super().__post_init__()
@@ -103,6 +105,14 @@ SMALL = replace(
     ema_decay=0.999,
     validation_epochs=10,
     sampling_steps=16,
+)
+
+# What quality is measured against, with one set of weights: each solver's steps, then guidance.
+SAMPLING_VARIANTS = (
+    *({"sampler": "dpm_solver_2m", "sampling_steps": steps} for steps in (4, 8, 16, 32)),
+    *({"sampler": "ddim", "sampling_steps": steps} for steps in (4, 8, 16, 32)),
+    *({"sampler": "heun", "sampling_steps": steps} for steps in (3, 5, 9, 17)),
+    *({"guidance_scale": scale} for scale in (1.25, 1.5, 2.0, 3.0)),
 )
 
 
@@ -337,6 +347,11 @@ class Model(nn.Module):
         loss.backward()
         adam.step()
         return {"loss": loss}
+
+    def evaluations(self) -> int:
+        """Passes of the network for one image, by the configured sampler and guidance."""
+        passes = evaluations(self.config.sampler, self.config.sampling_steps)
+        return passes if self.config.guidance_scale == 1 else 2 * passes
 
     @torch.no_grad()
     def sample(self, labels: Tensor, generator: torch.Generator) -> Tensor:

@@ -17,6 +17,7 @@ section 4, ex-post density estimation).
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -28,14 +29,15 @@ from custom_models.layers import JPEG, ResidualBlock
 
 @dataclass(frozen=True)
 class Config(ModelConfig):
-    latent_dim: int = 128
-    channels: tuple = (32, 64, 128)  # of the encoder; the decoder mirrors them
-    kl_weight: float = 1.0  # 1 is the evidence lower bound
+    latent_dim: int = 128  # random numbers behind an image
+    channels: tuple = (32, 64, 128)  # widths of the encoder; the decoder mirrors them
+    kl_weight: float = 1.0  # weight of the KL term; 1 is the evidence lower bound
     kl_warmup_images: int = 36_000  # images over which the KL's weight rises from 0
     fitted_prior: bool = True  # draw from the latents that each class has in truth; else N(0, I)
     temperature: float = 0.5  # of the drawn coefficients; 0: their means, 1: as trained
     jpeg_quality: int = 75  # of the data set's files; other data sets need another, such as 95
-    lr: float = 1e-3
+    JPEG_ELSEWHERE: ClassVar[int] = 95  # jpeg_quality for data that was not stored as JPEG
+    lr: float = 1e-3  # step size of Adam
     batch_size: int = 64
     epochs: int = 12
     ema_decay: float = 0.999

@@ -37,6 +37,34 @@ def init_dcgan(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
+def sides_down_to_four(image_size: int) -> list[int]:
+    """Sides in pixels from the image down to 4 or 3: 28, 14, 7, 4 or 64, 32, 16, 8, 4."""
+    sides = [image_size]
+    while sides[-1] > 4:
+        sides.append((sides[-1] + 1) // 2)
+    return sides
+
+
+def transposed_convolutions(
+    inputs: int, base_channels: int, image_channels: int, image_size: int
+) -> nn.Sequential:
+    """The generator of DCGAN for any side: [N, inputs, 1, 1] → images in [-1, 1], [N, C, S, S].
+
+    base_channels: at half the side, doubled at each further halving (Radford et al. 2016,
+    section 3).
+    """
+    sides = sides_down_to_four(image_size)
+    widths = [base_channels * 2**level for level in range(len(sides) - 1)]
+    layers = [nn.ConvTranspose2d(inputs, widths[-1], sides[-1], bias=False)]
+    for level in range(len(widths) - 1, -1, -1):
+        outputs = widths[level - 1] if level else image_channels
+        # Doubles the side; a kernel of 3 reaches an odd one (4 → 7) that 4 would overshoot.
+        kernel = 3 if sides[level] % 2 else 4
+        layers += [nn.BatchNorm2d(widths[level]), nn.ReLU()]
+        layers.append(nn.ConvTranspose2d(widths[level], outputs, kernel, 2, 1, bias=False))
+    return nn.Sequential(*layers, nn.Tanh())
+
+
 class ResidualBlock(nn.Module):
     """x + two 3×3 convolutions, without normalisation; [N, width, S, S] in and out.
 

@@ -7,6 +7,7 @@ that one CPU core can train.
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,17 +20,18 @@ from utils import random_flips_and_turns
 
 @dataclass(frozen=True)
 class Config(ModelConfig):
-    latent_dim: int = 64
-    generator_channels: tuple = (96, 64, 32)  # at a quarter of the side, at half, at the whole
-    discriminator_channels: tuple = (32, 64, 96)  # the other way round
+    latent_dim: int = 64  # random numbers behind an image
+    generator_channels: tuple = (96, 64, 32)  # widths at a quarter of the side, a half, the whole
+    discriminator_channels: tuple = (32, 64, 96)  # widths at the whole side, a half, a quarter
     gamma: float = 1.0  # weight of both penalties at first
-    gamma_end: float = 0.1  # and after `anneal_images`; between them it falls geometrically
-    anneal_images: int = 240_000
+    gamma_end: float = 0.1  # their weight after anneal_images; between them it falls geometrically
+    anneal_images: int = 240_000  # images over which that weight falls
     penalty_interval: int = 2  # steps between penalties, which then weigh as much more
-    lr: float = 4e-4
-    beta1: float = 0.0  # of Adam
-    beta2: float = 0.99
-    jpeg_quality: int = 75  # of the data set's files; 0: it was not stored as JPEG
+    lr: float = 4e-4  # step size of Adam, for both networks
+    beta1: float = 0.0  # of Adam: share of the past in the mean gradient
+    beta2: float = 0.99  # of Adam: share of the past in the mean squared gradient
+    jpeg_quality: int = 75  # of the data set's files, 1 to 100; 0: it was not stored as JPEG
+    JPEG_ELSEWHERE: ClassVar[int] = 0  # jpeg_quality for data that was not stored as JPEG
     batch_size: int = 64
     epochs: int = 18
     ema_decay: float = 0.999

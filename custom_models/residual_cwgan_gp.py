@@ -7,6 +7,7 @@ Projection Discriminator"). `cwgan_gp.Model` trains them.
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,16 +19,17 @@ from utils import random_flips_and_turns
 
 @dataclass(frozen=True)
 class Config(ModelConfig):
-    latent_dim: int = 64
-    generator_channels: tuple = (128, 64, 32)  # at a quarter of the side, at half, at the whole
-    critic_channels: tuple = (32, 64, 128)  # the other way round
+    latent_dim: int = 64  # random numbers behind an image
+    generator_channels: tuple = (128, 64, 32)  # widths at a quarter of the side, a half, the whole
+    critic_channels: tuple = (32, 64, 128)  # widths at the whole side, a half, a quarter
     critic_steps: int = 2  # critic updates to one of the generator
-    gradient_penalty: float = 10.0  # λ of equation (3)
-    lr: float = 3e-4
-    beta1_critic: float = 0.0  # of Adam
-    beta1_generator: float = 0.0
-    beta2: float = 0.9
-    jpeg_quality: int = 75  # of the data set's files; 0: it was not stored as JPEG
+    gradient_penalty: float = 10.0  # weight λ of the penalty, equation (3)
+    lr: float = 3e-4  # step size of Adam, for both networks
+    beta1_critic: float = 0.0  # of Adam: share of the past in the critic's mean gradient
+    beta1_generator: float = 0.0  # the same for the generator
+    beta2: float = 0.9  # of Adam: share of the past in the mean squared gradient, for both networks
+    jpeg_quality: int = 75  # of the data set's files, 1 to 100; 0: it was not stored as JPEG
+    JPEG_ELSEWHERE: ClassVar[int] = 0  # jpeg_quality for data that was not stored as JPEG
     batch_size: int = 64
     epochs: int = 40
     ema_decay: float = 0.999
@@ -60,6 +62,17 @@ class Config(ModelConfig):
         from custom_models.cwgan_gp import Model  # a file that imports this one
 
         return Model(self)
+
+
+def with_deeper_levels(widths: tuple, image_size: int) -> tuple:
+    """Widths from the image's own side inwards, with levels added until the last side is at most 8.
+
+    Each has twice the width of the one before it, at most 256. Three widths are enough for images
+    of up to 32 pixels; 64 pixels take four, 128 five.
+    """
+    while image_size > 8 * 2 ** (len(widths) - 1):
+        widths = (*widths, min(2 * widths[-1], 256))
+    return widths
 
 
 class ConditionalBatchNorm(nn.Module):
@@ -99,15 +112,14 @@ class Generator(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        first, last = config.generator_channels[0], config.generator_channels[-1]
+        widths = with_deeper_levels(config.generator_channels[::-1], config.image_size)[::-1]
+        first, last = widths[0], widths[-1]
         self.turn = config.flips_and_turns
-        self.size, side = config.image_size, -(-config.image_size // 4)
+        self.size, side = config.image_size, -(-config.image_size // 2 ** (len(widths) - 1))
         self.start = nn.Sequential(
             nn.Linear(config.latent_dim, first * side**2), nn.Unflatten(1, (first, side, side))
         )
-        self.blocks = nn.ModuleList(
-            UpBlock(i, o, config.n_classes) for i, o in pairwise(config.generator_channels)
-        )
+        self.blocks = nn.ModuleList(UpBlock(i, o, config.n_classes) for i, o in pairwise(widths))
         self.norm = nn.BatchNorm2d(last)
         self.out = nn.Conv2d(last, config.image_channels, 3, padding=1)
         self.jpeg = JPEG(config.jpeg_quality) if config.jpeg_quality else nn.Identity()
@@ -127,12 +139,12 @@ class Critic(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        widths = config.critic_channels
+        widths = with_deeper_levels(config.critic_channels, config.image_size)
         layers = [nn.Conv2d(config.image_channels, widths[0], 3, padding=1), nn.LeakyReLU(0.2)]
         for width, following in pairwise(widths):
             layers.append(nn.Conv2d(width, following, 4, stride=2, padding=1))
             layers.append(ResidualBlock(following))
-        side = config.image_size // 2 // 2
+        side = config.image_size // 2 ** (len(widths) - 1)
         layers += [nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(widths[-1] * side**2, 128)]
         self.features = nn.Sequential(*layers, nn.LeakyReLU(0.2))
         self.score = nn.Linear(128, 1)

@@ -506,3 +506,211 @@ def validation_curves(records: list[dict], names: dict[str, str]) -> Figure:
             axis.legend(fontsize=7)
         axes[0].set_ylabel("validation KID")
     return figure
+
+
+def sampling_quality(rows: list[dict]) -> Figure:
+    """KID against evaluations of the network, a line a sampler, and against the guidance scale.
+
+    rows: of `GenerativePipeline.measure_sampling`, the preset's own settings first. Bars: ± one
+    standard error. The ring is the preset's own setting.
+    """
+    own = rows[0]
+    steps = [row for row in rows if row["guidance_scale"] == own["guidance_scale"]]
+    same = ("sampler", "sampling_steps")
+    scales = [row for row in rows if all(row[name] == own[name] for name in same)]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 2.8), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True)
+        for sampler in sorted({row["sampler"] for row in steps}):
+            line = [row for row in steps if row["sampler"] == sampler]
+            _with_errors(left, line, "evaluations", sampler)
+        _with_errors(right, scales, "guidance_scale", None)
+        for axis, cost in ((left, "evaluations"), (right, "guidance_scale")):
+            axis.plot(own[cost], own["kid"], "o", ms=11, color="black", fillstyle="none")
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axis.yaxis.set_minor_locator(NullLocator())
+        left.set_xscale("log", base=2)
+        left.xaxis.set_major_formatter(PLAIN)
+        left.set_xlabel("evaluations of the network for one image")
+        left.set_ylabel("KID against the validation split")
+        left.legend(fontsize=7)
+        right.set_xlabel("guidance scale; 1: none")
+    return figure
+
+
+def _with_errors(axis, rows: list[dict], name: str, label: str | None) -> None:
+    rows = sorted({row[name]: row for row in rows}.values(), key=lambda row: row[name])
+    axis.errorbar(
+        [row[name] for row in rows],
+        [row["kid"] for row in rows],
+        yerr=[row["kid_standard_error"] for row in rows],
+        fmt="o-",
+        ms=4,
+        capsize=2,
+        label=label,
+    )
+
+
+def real_and_generated_by_class(
+    record: dict, real: ImageSet, images: torch.Tensor, labels: torch.Tensor
+) -> Figure:
+    """Real cells beside generated ones, a row a class, with the class's distances at its side.
+
+    record: of `per_class.evaluate_per_class`; real: cells that no model has seen; images: uint8
+    [N, C, S, S], drawn for labels [N]. The first ones of each class are shown, not chosen ones.
+    """
+    rows, names = record["per_class"], []
+    for row in rows:
+        kid, distance = row["kid"], row["frechet_distance"]
+        lines = [row["class"].replace(" ", "\n")]
+        lines += [] if kid is None else [f"KID {kid:.3g}"]
+        lines += [] if distance is None else [f"{record['distance_name']} {distance:.1f}"]
+        names.append("\n".join(lines))
+    parts = [
+        torch.cat([images[labels == label][:PER_CLASS] for label in range(len(rows))])
+        for images, labels in ((real.images, real.labels), (images, labels))
+    ]
+    return _side_by_side(parts, [f"real ({real.name})", "generated"], names)
+
+
+# ---------------------------------------------------------------------------------------------
+# The augmentation study: records and rows of evaluation/augmentation.py
+# ---------------------------------------------------------------------------------------------
+
+
+def augmentation_differences(rows: list[dict]) -> Figure:
+    """Difference in balanced accuracy to `real`, a dot with its 95 % interval for each arm.
+
+    rows: of `augmentation.compare`; a panel for each classifier, with the primary comparison, which
+    has another reference, at its top.
+    """
+
+    def name(row: dict) -> str:
+        primary = row["comparison"] == "primary"
+        return f"{row['arm']}\nagainst {row['against']}" if primary else row["arm"]
+
+    rows = [row for row in rows if row["difference"] is not None]
+    classifiers = list(dict.fromkeys(row["classifier"] for row in rows))
+    names = list(dict.fromkeys(name(row) for row in rows))
+    with matplotlib.rc_context(STYLE):
+        size = (2.7 * len(classifiers) + 1.9, 0.28 * len(names) + 1.1)
+        figure = Figure(figsize=size, layout="constrained")
+        shape = 1, max(len(classifiers), 1)
+        axes = figure.subplots(*shape, sharex=True, sharey=True, squeeze=False).flatten()
+        for axis, classifier in zip(axes, classifiers):
+            axis.axvline(0, color="black", linewidth=1, linestyle="--", zorder=0)
+            for row in (row for row in rows if row["classifier"] == classifier):
+                place = names.index(name(row))
+                colour = COLOURS[1] if row["comparison"] == "primary" else COLOURS[0]
+                if row["low"] is not None:
+                    axis.plot([row["low"], row["high"]], [place, place], color=colour)
+                axis.plot(row["difference"], place, "o", color=colour)
+            axis.set_title(classifier, fontsize=9, loc="left")
+            axis.tick_params("y", length=0)
+        axes[0].set_yticks(range(len(names)), names)
+        axes[0].set_ylim(len(names) - 0.4, -0.6)
+        figure.supxlabel("difference in balanced accuracy to real cells alone [95 %]", size=9)
+    return figure
+
+
+def augmentation_amounts(rows: list[dict], classifier: str, kinds: list[str]) -> Figure:
+    """Scores of one classifier against the generated images added to each class, ± sd as a band.
+
+    rows: of `augmentation.compare` for the study of imbalance. kinds: classes whose recalls are
+    shown, too. Dashed: the arms that add no generated image.
+    """
+    rows = [r for r in rows if r["classifier"] == classifier and r["comparison"] != "primary"]
+    amounts = {0: next(row for row in rows if row["arm"] == "real")}
+    for row in rows:
+        words = row["arm"].split()
+        if words[0] == "real+GAN" and words[-1].isdecimal():
+            amounts[int(words[-1])] = row
+    others = [row for row in rows if row["n_generated"] == 0 and row["arm"] != "real"]
+    scores = {name: name.replace("_", " ") for name in ("balanced_accuracy", "macro_f1")}
+    scores |= {f"recall {kind}": f"recall of {kind}" for kind in kinds}
+    places = range(len(amounts))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(2.5 * len(scores), 3.2), layout="constrained")
+        axes = figure.subplots(1, len(scores), squeeze=False).flatten()
+        for axis, (score, title) in zip(axes, scores.items()):
+            means = np.array([amounts[n][f"{score}_mean"] for n in sorted(amounts)])
+            sds = np.array([amounts[n][f"{score}_sd"] or 0 for n in sorted(amounts)])
+            axis.plot(places, means, "o-", color="black", label="real + generated")
+            axis.fill_between(places, means - sds, means + sds, color="black", alpha=0.15, lw=0)
+            for row, colour in zip(others, COLOURS):
+                axis.axhline(row[f"{score}_mean"], color=colour, ls="--", lw=1, label=row["arm"])
+            axis.set_xticks(places, [f"{n:,}" for n in sorted(amounts)])
+            axis.set_title(title, fontsize=9)
+        figure.supxlabel(f"generated images added to each class; classifier {classifier}", size=9)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    return figure
+
+
+def augmentation_confusion(records: list[dict], classifier: str) -> Figure:
+    """A confusion matrix for each arm of one classifier, summed over its records.
+
+    records: of evaluation/augmentation.py. Rows are true classes and sum to 1; shares below 0.005
+    are left empty.
+    """
+    arms: dict[str, list[np.ndarray]] = {}
+    for record in records:
+        if record["identity"]["classifier"] == classifier:
+            matrix = np.array(record["scores"]["confusion"])
+            arms.setdefault(record["identity"]["arm"]["name"], []).append(matrix)
+    kinds = list(records[0]["n"])
+    columns = min(4, len(arms))
+    lines = -(-len(arms) // columns)
+    side = 0.3 * len(kinds) + 1.1
+    with matplotlib.rc_context(STYLE):
+        size = (side * columns + 0.9, side * lines + 0.8)
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(lines, columns, squeeze=False).flatten()
+        for place, (axis, (arm, matrices)) in enumerate(zip(axes, arms.items())):
+            total = sum(matrices)
+            shares = total / np.maximum(total.sum(1, keepdims=True), 1)
+            axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+            for (row, column), share in np.ndenumerate(shares):
+                if share >= 0.005:
+                    colour = "white" if share > 0.6 else "black"
+                    words = f"{share:.2f}".removeprefix("0")
+                    axis.text(
+                        column, row, words, ha="center", va="center", color=colour, fontsize=6
+                    )
+            lowest, first = place + columns >= len(arms), place % columns == 0
+            axis.set_xticks(
+                range(len(kinds)), kinds if lowest else [""] * len(kinds), rotation=90, fontsize=7
+            )
+            axis.set_yticks(range(len(kinds)), kinds if first else [""] * len(kinds), fontsize=7)
+            axis.set_title(arm, fontsize=8)
+        for axis in axes[len(arms) :]:
+            axis.axis("off")
+        figure.supylabel("true class", size=8)
+        runs = max(len(matrices) for matrices in arms.values())
+        figure.supxlabel(f"named class; {classifier}, folds × seeds: {runs}", size=8)
+    return figure
+
+
+def augmentation_learning_curves(records: list[dict], classifier: str) -> Figure:
+    """Loss and accuracy on the training images of each arm of one classifier, mean over records."""
+    arms: dict[str, list[list[dict]]] = {}
+    for record in records:
+        if record["identity"]["classifier"] == classifier:
+            arms.setdefault(record["identity"]["arm"]["name"], []).append(record["history"])
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.4, 3), layout="constrained")
+        axes = figure.subplots(1, 2)
+        for place, (arm, histories) in enumerate(arms.items()):
+            updates = [row["update"] for row in histories[0]]
+            style = ("-", "--")[place // len(COLOURS)]
+            for axis, name in zip(axes, ("loss", "accuracy")):
+                means = np.mean([[row[name] for row in history] for history in histories], axis=0)
+                axis.plot(updates, means, style, label=arm, color=COLOURS[place % len(COLOURS)])
+        for axis, name in zip(axes, ("loss", "accuracy")):
+            axis.set_title(f"{name} on the training images", fontsize=9)
+            axis.set_xlabel(f"updates of {classifier}")
+            axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
+    return figure

@@ -6,9 +6,14 @@ import json
 import torch
 
 from evaluation import protocol
-from evaluation.agreement import classifier_agreement
+from evaluation.agreement import (
+    Classifier,
+    classifier_agreement,
+    load_domain_classifier,
+    train_classifier,
+)
 from evaluation.copies import Suspects, find_copies
-from evaluation.features import Extractor, load_extractor
+from evaluation.features import Extractor
 from evaluation.reference import Reference, make_reference
 from utils import ImageSet, cache_folder, write_atomically
 
@@ -25,34 +30,47 @@ def judge(
 ) -> tuple[dict, Suspects]:
     """Everything that is measured of one generator's images, and its most suspicious ones.
 
-    images: uint8 [N, 3, S, S], one for each held-out cell, with their labels in their order;
+    images: uint8 [N, C, S, S], one for each held-out cell, with their labels in their order;
     labels: the held-out cells' labels for a generator that was asked for them, else None.
     sets: the splits train, val, test, and held_out (validation, then test).
     Returns the metrics of `protocol.evaluate` against the train split with, besides, `floor` (of
-    held-out cells), `copies` (`find_copies`), `mean_colour_error` (of 255), and for blood cells
+    held-out cells), `copies` (`find_copies`), `mean_colour_error` (of 255), for blood cells
     `domain` (distances on the features of our own classifier against the test split, since it
-    knows the train split) and, with labels, `agreement` (`classifier_agreement`).
+    knows the train split), and with labels `agreement` (`classifier_agreement`), with our own
+    classifier for blood cells and with one that is trained on the train split for other data.
     """
     train, held_out = sets["train"], sets["held_out"]
-    reference = make_reference(train, extractor)
+    reference, classifier = make_reference(train, extractor), _classifier(sets, extractor.device)
     metrics = protocol.evaluate(reference, images, extractor, labels)
-    metrics["floor"] = floor(reference, sets, extractor)
+    metrics["floor"] = floor(reference, sets, extractor, classifier)
     metrics["copies"], suspects = find_copies(images, train.images, held_out.images, extractor)
     colours = [part.double().mean((0, 2, 3)) for part in (images, train.images)]
     metrics["mean_colour_error"] = (colours[0] - colours[1]).abs().mean().item()
-    if train.name in DOMAIN:
-        metrics |= _domain(images, labels, sets, extractor.device)
+    metrics |= _by_classifier(images, labels, sets, classifier)
     return metrics, suspects
 
 
-def floor(reference: Reference, sets: dict[str, ImageSet], extractor: Extractor) -> dict:
+def _classifier(sets: dict[str, ImageSet], device: torch.device) -> Classifier:
+    """Of blood cells our own; of other data one that is trained on the train split now."""
+    if sets["train"].name in DOMAIN:
+        return load_domain_classifier(device)
+    return train_classifier(sets["train"], sets["val"], device)
+
+
+def floor(
+    reference: Reference,
+    sets: dict[str, ImageSet],
+    extractor: Extractor,
+    classifier: Classifier,
+) -> dict:
     """What held-out real cells get in the place of generated ones: pure sampling error.
 
     The copies' control takes one half of them, at random, as generated and the other half as held
     out. The result is the same for every run, so it is kept in the cache folder.
     """
     train, held_out = sets["train"], sets["held_out"]
-    parts = (protocol.METRICS_VERSION, train.sha256(), held_out.sha256(), extractor.sha256)
+    data, networks = (train.sha256(), held_out.sha256()), (extractor.sha256, classifier.sha256)
+    parts = (protocol.METRICS_VERSION, *data, *networks)
     name = hashlib.sha256("/".join(map(str, parts)).encode()).hexdigest()[:16]
     path = cache_folder() / "floors" / f"{name}.json"
     try:
@@ -62,32 +80,34 @@ def floor(reference: Reference, sets: dict[str, ImageSet], extractor: Extractor)
         order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))
         half, other = (held_out.images[rows] for rows in order.chunk(2))
         result["copies"], _ = find_copies(half, train.images, other, extractor)
-        if train.name in DOMAIN:
-            result |= _domain(held_out.images, held_out.labels, sets, extractor.device)
+        result |= _by_classifier(held_out.images, held_out.labels, sets, classifier)
         text = json.dumps(result)
         write_atomically(path, lambda partial: partial.write_text(text))
         return result
 
 
-def _domain(
+def _by_classifier(
     images: torch.Tensor,
     labels: torch.Tensor | None,
     sets: dict[str, ImageSet],
-    device: torch.device,
+    classifier: Classifier,
 ) -> dict:
-    """What our own classifier makes of the images; its reference is the test split.
+    """What the classifier makes of the images; it knows the train split, so they meet the test one.
 
-    The images that were drawn for the validation cells' labels are compared with the test cells,
-    as the validation cells themselves are for the floor. Those drawn for the test cells' labels
-    are classified, as are the test cells.
+    The images that were drawn for the test cells' labels are classified, as are the test cells. For
+    blood cells those that were drawn for the validation cells' labels are compared with the test
+    cells, as the validation cells themselves are for the floor.
     """
-    extractor, val, test = load_extractor("domain", device), sets["val"], sets["test"]
-    reference = make_reference(test, extractor, sets["train"].sha256())
-    first, rest = images[: len(val)], images[len(val) :]
-    asked = None if labels is None else labels[: len(val)]
-    result = {
-        "domain": protocol.evaluate(reference, first, extractor, asked, VALIDATION_FREQUENCIES)
-    }
+    train, val, test = (sets[split] for split in ("train", "val", "test"))
+    result = {}
+    if train.name in DOMAIN:
+        reference = make_reference(test, classifier, train.sha256())
+        asked = None if labels is None else labels[: len(val)]
+        first = images[: len(val)]
+        result["domain"] = protocol.evaluate(
+            reference, first, classifier, asked, VALIDATION_FREQUENCIES
+        )
     if labels is not None:
-        result["agreement"] = classifier_agreement(rest, labels[len(val) :], test, extractor)
+        rest = images[len(val) :], labels[len(val) :]
+        result["agreement"] = classifier_agreement(*rest, test, classifier)
     return result

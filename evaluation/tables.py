@@ -141,7 +141,7 @@ def per_class_table(records: list[dict]) -> list[dict]:
     """One row for each conditional model, preset and class: mean and sd over seeds.
 
     records: as for `results_table`. KID, precision and recall are those of the class against the
-    real cells of that class, with n_real and n_fake; agreement is our own classifier's. Empty
+    real cells of that class, with n_real and n_fake; agreement is a classifier's. Empty
     where no model is conditional. A number that a run lacks is None.
     """
     groups = defaultdict(list)
@@ -190,9 +190,9 @@ def write_per_class_table(rows: list[dict], folder: str | Path, stem: str) -> No
         "",
         "KID, precision and recall: images of a class against the train cells of that class, on "
         f"features of {rows[0]['extractor']}; mean ± sd over seeds; protocol "
-        f"{rows[0]['protocol']}. Agreement: how often our own classifier names the class that was "
-        "asked for, among images with the test split's frequencies. Fréchet distances are left "
-        "out: the classes have too few images for them.",
+        f"{rows[0]['protocol']}. Agreement: how often a classifier of real train cells names the "
+        "class that was asked for, among images with the test split's frequencies. Fréchet "
+        "distances are left out: the classes have too few images for them.",
     ]
     _write(rows, "\n".join(lines) + "\n", Path(folder) / stem)
 
@@ -544,7 +544,8 @@ def _markdown(rows: list[dict]) -> str:
 TRUST_WORDS = {
     "domain_frechet": "FD (domain): on features of our own cell classifier, 1,712 images with "
     "validation frequencies against the test split.",
-    "agreement": "Class agreement: how often that classifier names the class that was asked for.",
+    "agreement": "Class agreement: how often a classifier of real train cells names the class that "
+    "was asked for.",
     "train_share": "Nearer to train: share of images nearer to a training cell than to a held-out "
     "one, sets weighed as equally large; 0.5 for a generator that copies nothing. Where a few real "
     "cells are nearest to most images, this share means little; the verdict, and the interval in "

@@ -1,10 +1,13 @@
 """Measure how fast training, sampling and evaluation are on this machine.
 
     PYTHONPATH=. python tests/benchmark.py --data-root DATA --extractor FILE
+    PYTHONPATH=. python tests/benchmark.py --large      # a step at 64 and 128 pixels alone
 
 Writes results/benchmarks/MACHINE.json and .md. No test: nothing here can fail by being slow.
 """
 
+import contextlib
+import dataclasses
 import json
 import os
 import platform
@@ -30,6 +33,25 @@ from utils import (
 )
 
 SAMPLES = 128
+# Models at larger sizes, with the settings that they need there: no JPEG, and for the diffusion
+# one more level, with attention at 16 and 8 pixels.
+LARGE = (
+    ("cwgan_gp", "baseline", {"image_size": 64}),
+    ("cwgan_gp", "best", {"image_size": 64, "jpeg_quality": 0}),
+    (
+        "ddpm",
+        "best",
+        {
+            "image_size": 64,
+            "channels": (64, 96, 192, 192),
+            "attention_from": 2,
+            "jpeg_quality": 0,
+        },
+    ),
+    ("cwgan_gp", "baseline", {"image_size": 128}),
+    ("cwgan_gp", "best", {"image_size": 128, "jpeg_quality": 0}),
+)
+LARGE_CPU_BATCH = 8
 # Dense bfloat16 FLOP/s by the makers' data sheets.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 
@@ -53,6 +75,18 @@ def seconds_per_call(call, device: torch.device, at_least: float = 3.0) -> float
     return timed(calls) / calls
 
 
+def count_flop(call) -> int:
+    """Floating point operations of the call's convolutions and matrix products."""
+    counter = FlopCounterMode(display=False)
+    # Its tracker of modules, which a total does not need, fails where a module is given a leaf that
+    # requires a gradient, as gradient penalties do.
+    counter.mod_tracker = contextlib.nullcontext()
+    counter.mod_tracker.parents = {"Global"}
+    with counter:
+        call()
+    return counter.get_total_flops()
+
+
 def next_batch(data: ImageSet, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A training batch as the pipeline draws it: by index, on the device, turned and flipped."""
     rows = torch.randperm(len(data), device=data.images.device)[:size]
@@ -74,8 +108,7 @@ def benchmark_model(name: str, preset: str, data: ImageSet) -> dict:
             )
 
     seconds = seconds_per_call(step, device)
-    with FlopCounterMode(display=False) as counter:  # convolutions and matrix products
-        step()
+    flop = count_flop(step)
     data_seconds = seconds_per_call(lambda: next_batch(data, size), device, at_least=1.0)
     model.eval()
     labels = data.labels[:SAMPLES]
@@ -93,13 +126,59 @@ def benchmark_model(name: str, preset: str, data: ImageSet) -> dict:
     return {
         "model": name,
         "preset": preset,
-        "flop_per_image": counter.get_total_flops() / size,
-        "flop_per_second": counter.get_total_flops() / seconds,
+        "flop_per_image": flop / size,
+        "flop_per_second": flop / seconds,
         "parameters": sum(p.numel() for p in model.parameters()),
         "training_images_per_second": size / seconds,
         "data_share_of_step": data_seconds / seconds,
         "sampling_images_per_second": SAMPLES / sampling,
     }
+
+
+def benchmark_large(device: torch.device) -> list[dict]:
+    """Training at 64 and 128 pixels on noise: what a step costs does not depend on the images.
+
+    One step after one to warm up; memory is the step's peak on a GPU, and on a CPU the process's
+    so far, so that only the largest is sure.
+    """
+    rows = []
+    for name, preset, settings in LARGE:
+        config = make_config(name, preset, **settings)
+        if device.type == "cpu":  # the presets' own batches need up to 20 GiB
+            config = dataclasses.replace(config, batch_size=LARGE_CPU_BATCH)
+        model = config.build().to(device, memory_format=torch.channels_last)
+        optimizers, size, side = model.optimizers(), config.images_per_step, config.image_size
+        images = torch.rand(size, 3, side, side, device=device) * 2 - 1
+        images = images.contiguous(memory_format=torch.channels_last)
+        labels = torch.arange(size, device=device) % config.n_classes
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+        def step(model=model, images=images, labels=labels, optimizers=optimizers):
+            with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+                model.training_step(images, labels, optimizers)
+
+        seconds = seconds_per_call(step, device, at_least=0.0)
+        rows.append(
+            {
+                "model": name,
+                "preset": preset,
+                "settings": settings,
+                "batch_size": config.batch_size,
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "training_images_per_second": size / seconds,
+                "flop_per_image": count_flop(step) / size,
+                "peak_memory_mib": peak_memory(device),
+            }
+        )
+    return rows
+
+
+def peak_memory(device: torch.device) -> float:
+    """MiB, of the GPU since its last reset, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def benchmark_usual_way(root: str, size: int = 128) -> float:
@@ -138,7 +217,7 @@ def benchmark_metrics(train: ImageSet, held_out: ImageSet) -> dict:
         "metrics_seconds": measured - start,
         "copies_images": len(half),
         "copies_seconds": searched - measured,
-        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
+        "peak_memory_mib": peak_memory(torch.device("cpu")),
     }
 
 
@@ -148,16 +227,24 @@ def main() -> None:
     parser.add_argument("--extractor", default=os.environ.get("EXTRACTOR", "demo"))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", default="results/benchmarks")
+    parser.add_argument("--large", action="store_true", help="training at 64 and 128 pixels alone")
     options = parser.parse_args()
     device = pick_device(options.device)
     if device.type == "cpu":
         keep_freed_memory()
+    if options.large:
+        result = describe(device) | {"models": benchmark_large(device)}
+        write(result, large_as_markdown(result), options.out, "-large")
+        return
     data = load_dataset("bloodmnist", options.data_root).to(device)
     held_out = load_dataset("bloodmnist", options.data_root, split="held_out")
 
     evaluation = benchmark_metrics(data.to(torch.device("cpu")), held_out)  # first: for its memory
     models = [
-        benchmark_model(name, preset, data) for name in MODELS for preset in ("baseline", "best")
+        benchmark_model(name, preset, data)
+        for name in MODELS
+        for preset in ("baseline", "best")
+        if preset in MODELS[name].PRESETS
     ]
     ours = 128 / seconds_per_call(lambda: next_batch(data, 128), device, at_least=1.0)
     extractor = features.load_extractor(options.extractor, device)
@@ -169,12 +256,7 @@ def main() -> None:
     draws = [torch.randn(4096, 2048) for _ in range(2)]
     statistics = [frechet.gaussian_statistics(draw) for draw in draws]
     trace = seconds_per_call(lambda: frechet.frechet_distance(*statistics), torch.device("cpu"))
-    result = {
-        "machine": describe_device(device),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "code": CODE_VERSION,
+    result = describe(device) | {
         "models": models,
         "data_images_per_second": ours,
         "usual_way_images_per_second": benchmark_usual_way(options.data_root),
@@ -183,12 +265,46 @@ def main() -> None:
         "frechet_2048_seconds": trace,
         "evaluation": evaluation,
     }
+    write(result, as_markdown(result), options.out)
+
+
+def describe(device: torch.device) -> dict:
+    return {
+        "machine": describe_device(device),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "code": CODE_VERSION,
+    }
+
+
+def write(result: dict, text: str, folder: str, ending: str = "") -> None:
+    """Write MACHINE.json and MACHINE.md, and print the latter."""
     stem = "".join(c if c.isalnum() else "-" for c in result["machine"]).strip("-").lower()
     json_text = json.dumps(result, indent=1) + "\n"
-    text = as_markdown(result)
-    write_atomically(f"{options.out}/{stem}.json", lambda path: path.write_text(json_text))
-    write_atomically(f"{options.out}/{stem}.md", lambda path: path.write_text(text))
+    write_atomically(f"{folder}/{stem}{ending}.json", lambda path: path.write_text(json_text))
+    write_atomically(f"{folder}/{stem}{ending}.md", lambda path: path.write_text(text))
     print(text)
+
+
+def large_as_markdown(result: dict) -> str:
+    lines = [
+        f"# Training at 64 and 128 pixels on {result['machine']}, {result['cores']} cores, "
+        f"torch {result['torch']}",
+        "",
+        "| Model | Preset | Pixels | Batch | Parameters | Training, images/s | GFLOP an image "
+        "| Peak memory, GiB |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in result["models"]:
+        lines.append(
+            f"| {row['model']} | {row['preset']} | {row['settings']['image_size']} "
+            f"| {row['batch_size']} | {row['parameters']:,} "
+            f"| {row['training_images_per_second']:,.1f} | {row['flop_per_image'] / 1e9:.1f} "
+            f"| {row['peak_memory_mib'] / 1024:.1f} |"
+        )
+    lines += ["", "Peak memory: of the GPU; on a CPU that of the process up to this row.", ""]
+    return "\n".join(lines)
 
 
 def as_markdown(result: dict) -> str:

@@ -7,13 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from evaluation import agreement as agreeing
 from evaluation.agreement import (
+    Classifier,
+    SmallNetwork,
     agreement,
     classifier_agreement,
     load_domain_classifier,
+    train_classifier,
     wilson_interval,
 )
-from evaluation.features import Extractor
 from utils import BLOOD_CLASSES, ImageSet, InputError
 
 
@@ -28,8 +31,9 @@ class ReadsTheClass(torch.nn.Module):
 
 
 @pytest.fixture
-def classifier(empty_cache) -> Extractor:
-    return Extractor("reader-8", "FD (reader)", "ab" * 32, 8, ReadsTheClass(), torch.device("cpu"))
+def classifier(empty_cache) -> Classifier:
+    network, cpu = ReadsTheClass(), torch.device("cpu")
+    return Classifier("reader-8", "FD (reader)", "ab" * 32, 8, network, cpu, BLOOD_CLASSES)
 
 
 def cells_of(classes: list[int]) -> torch.Tensor:
@@ -135,3 +139,98 @@ def test_domain_classifier(empty_cache):
         logits = classifier.module.logits(classifier.module(noise))
     assert logits.shape == (4, len(BLOOD_CLASSES))
     assert logits.isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------
+# A classifier that is trained on the spot
+# ---------------------------------------------------------------------------------------------
+
+SHADES = ("dark", "middle", "bright")
+
+
+def shades(split: str, n: int, channels: int = 1, size: int = 8) -> ImageSet:
+    """Noise around one of three shades, each its class."""
+    generator = torch.Generator().manual_seed(len(split))
+    labels = torch.arange(n) % 3
+    noise = torch.randint(50, (n, channels, size, size), generator=generator)
+    images = (noise + 80 * labels.view(-1, 1, 1, 1)).to(torch.uint8)
+    return ImageSet("shades", split, images, labels, SHADES)
+
+
+def predict(classifier: Classifier, data: ImageSet) -> torch.Tensor:
+    with torch.inference_mode():
+        return classifier.module.logits(classifier.module(data.images))
+
+
+@pytest.mark.parametrize(("channels", "size"), [(1, 8), (3, 11)])
+def test_it_learns_classes_of_any_name(channels, size, empty_cache):
+    train, val, test = (
+        shades(split, n, channels, size) for split, n in (("train", 96), ("val", 9), ("test", 30))
+    )
+    classifier = train_classifier(train, val)
+    assert classifier.classes == SHADES and classifier.dim == 128
+    assert not classifier.module.training
+    result = agreement(predict(classifier, test).argmax(1), test.labels, SHADES)
+    assert result["agreement"] == 1 and result["confusion"] == [[10, 0, 0], [0, 10, 0], [0, 0, 10]]
+    assert list(result["per_class"]) == list(SHADES)
+
+
+@pytest.mark.parametrize("size", [28, 64, 100])
+def test_its_features_of_images_of_any_size(size):
+    network = SmallNetwork(5).eval()
+    images = shades("test", 2, size=size).images
+    with torch.no_grad():
+        features, in_colour = network(images), network(images.expand(-1, 3, -1, -1))
+        deepest = network.layers(torch.zeros(1, 3, min(size, 64), min(size, 64)))
+    assert features.shape == (2, 128) and network.logits(features).shape == (2, 5)
+    assert torch.allclose(features, in_colour, atol=1e-6)
+    assert deepest.shape[-1] == -(-min(size, 64) // 16)
+
+
+def test_it_is_trained_once_for_each_data_set(empty_cache, monkeypatch):
+    train, val = shades("train", 96), shades("val", 9)
+    before = torch.get_rng_state()
+    first = train_classifier(train, val)
+    assert torch.equal(torch.get_rng_state(), before)
+    (kept,) = (empty_cache / "classifiers").iterdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(agreeing, "_fit", lambda *_: pytest.fail("trained again"))
+        again = train_classifier(train, val)
+    assert again.sha256 == first.sha256
+    assert torch.equal(predict(again, val), predict(first, val))
+
+    kept.write_bytes(kept.read_bytes()[:1000])  # cut short: trained anew, to the same weights
+    assert train_classifier(train, val).sha256 == first.sha256
+    assert train_classifier(shades("train", 99), val).sha256 != first.sha256
+    assert len(list((empty_cache / "classifiers").iterdir())) == 2
+
+
+def test_the_epoch_that_validation_likes_best_is_kept(empty_cache):
+    """Where the validation labels are wrong, that is not the epoch that has learned the most."""
+    train, val = shades("train", 96), shades("val", 30)
+    wrong = ImageSet(val.name, val.split, val.images, val.labels.roll(1), val.classes)
+    losses = [
+        torch.nn.functional.cross_entropy(
+            predict(train_classifier(train, chosen), val), wrong.labels
+        )
+        for chosen in (wrong, val)
+    ]
+    assert losses[0] < losses[1]
+
+
+def test_a_large_data_set_is_seen_fewer_times(empty_cache, monkeypatch):
+    train, val = shades("train", 96), shades("val", 9)
+    whole = train_classifier(train, val).sha256
+    hashes = set()
+    for name in ("MOST_EPOCHS", "MOST_IMAGES"):
+        with monkeypatch.context() as patched:
+            patched.setattr(agreeing, name, 1)
+            patched.setattr(agreeing, "VERSION", name)
+            hashes.add(train_classifier(train, val).sha256)
+    assert len(hashes) == 1 and whole not in hashes
+
+
+def test_classes_that_the_classifier_does_not_know(empty_cache, bad_input):
+    classifier = train_classifier(shades("train", 12, channels=3), shades("val", 3, channels=3))
+    with bad_input("the classifier knows dark, middle, bright, but cells has the classes basophil"):
+        classifier_agreement(cells_of([0]), torch.tensor([0]), real_cells([0], [0]), classifier)

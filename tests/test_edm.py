@@ -145,6 +145,24 @@ def test_odd_sizes_and_grey_images_keep_their_form(size):
     assert samples.shape == (2, 1, size, size) and samples.isfinite().all()
 
 
+def test_at_64_pixels_attention_is_at_16_and_8_alone():
+    config = dataclasses.replace(
+        edm.Config(),
+        image_size=64,
+        channels=(64, 96, 192, 192),
+        attention_from=2,
+        jpeg_quality=0,
+    )
+    model, sides = config.build(), set()
+    for module in model.modules():
+        if isinstance(module, edm.Attention):
+            module.register_forward_pre_hook(lambda _, inputs: sides.add(inputs[0].shape[2:]))
+    images, labels = batch(1, 64)
+    model.loss(images, labels, torch.zeros(1, 6)).backward()
+    assert sides == {(16, 16), (8, 8)}
+    assert sum(p.numel() for p in model.parameters()) == 11_451_299
+
+
 def test_the_network_is_told_noise_class_and_augmentation():
     model, (images, labels) = trained(), batch(2)
     labels, nothing = labels[:2], torch.zeros(2, 6)

@@ -57,3 +57,21 @@ def test_the_dot_of_a_validation_curve_is_its_lowest_point():
     assert list(line.get_ydata()) == [9.0, 2.0, 4.0]
     assert (dot.get_xdata()[0], dot.get_ydata()[0]) == (8000, 2.0)
     assert cvae.get_title() == "CVAE best"
+
+
+def test_sampling_quality_draws_a_line_a_sampler_and_one_for_guidance():
+    own = {"sampler": "heun", "sampling_steps": 3, "guidance_scale": 1.0, "evaluations": 5}
+    rows = [
+        {**own, "kid": 4.0, "kid_standard_error": 0.5},
+        {**own, "sampling_steps": 5, "evaluations": 9, "kid": 3.0, "kid_standard_error": 0.5},
+        {**own, "sampler": "ddim", "evaluations": 3, "kid": 9.0, "kid_standard_error": 0.5},
+        {**own, "guidance_scale": 2.0, "evaluations": 10, "kid": 6.0, "kid_standard_error": 0.5},
+    ]
+    left, right = figures.sampling_quality(rows).axes
+    lines = {
+        container.get_label(): container.lines[0].get_xydata().tolist()
+        for container in left.containers
+    }
+    assert lines == {"ddim": [[3, 9]], "heun": [[5, 4], [9, 3]]}
+    assert right.containers[0].lines[0].get_xydata().tolist() == [[1, 4], [2, 6]]
+    assert left.lines[-1].get_xydata().tolist() == [[5, 4]]  # the ring

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from evaluation import judge as judging
+from evaluation.agreement import load_domain_classifier
 from evaluation.features import load_extractor
 from evaluation.judge import judge
 from evaluation.tables import metrics_table
-from utils import load_dataset
+from utils import ImageSet, load_dataset
 
 SPLITS = ("train", "val", "test", "held_out")
 
@@ -69,16 +70,35 @@ def test_copies_of_the_train_split_are_told(sets, tiny_extractor):
 
 def test_the_floor_is_measured_once(judged, sets, tiny_extractor, monkeypatch):
     monkeypatch.setattr(judging.protocol, "evaluate", lambda *_: pytest.fail("measured again"))
+    networks = load_extractor(tiny_extractor), load_domain_classifier()
     reference = None  # not looked at where the floor is kept
-    assert judging.floor(reference, sets, load_extractor(tiny_extractor)) == judged["floor"]
+    assert judging.floor(reference, sets, *networks) == judged["floor"]
 
 
-def test_drawn_cells_are_not_shown_to_a_network_that_knows_real_ones(sets, tiny_extractor):
-    drawn = {
-        split: type(part)("demo", part.split, part.images, part.labels, part.classes)
+def test_other_data_have_a_classifier_of_their_own_train_split(sets, tiny_extractor, monkeypatch):
+    """Other data are not shown to a network that knows real blood cells; grey ones, here."""
+    grey = {
+        split: ImageSet("grey", split, part.images[:, 1:2], part.labels, part.classes)
         for split, part in sets.items()
     }
-    held_out = drawn["held_out"]
-    images, labels = held_out.images.flip(3), held_out.labels
-    metrics, _ = judge(images, labels, drawn, load_extractor(tiny_extractor))
-    assert "domain" not in metrics and "agreement" not in metrics and "per_class" in metrics
+    held_out, test = grey["held_out"], grey["test"]
+    trained_on = []
+    train_classifier = judging.train_classifier
+
+    def watched(train, val, device):
+        trained_on.append((train.split, val.split))
+        return train_classifier(train, val, device)
+
+    monkeypatch.setattr(judging, "train_classifier", watched)
+    images, labels = held_out.images.flip(3), held_out.labels.roll(1)
+    metrics, suspects = judge(images, labels, grey, load_extractor(tiny_extractor))
+    assert suspects.images.shape[1:] == (1, 28, 28)
+    assert trained_on == [("train", "val")]
+    assert "domain" not in metrics and "domain" not in metrics["floor"] and "per_class" in metrics
+    found, floor = metrics["agreement"], metrics["floor"]["agreement"]
+    assert found["classifier"] == floor["classifier"] == "small-network-128"
+    assert found["classifier_sha256"] == floor["classifier_sha256"]
+    assert found["n"] == floor["n"] == found["real"]["n"] == len(test)
+    assert found["real"]["agreement"] == floor["agreement"]
+    rows = torch.tensor(found["confusion"]).sum(1)  # of the labels asked for, not the cells' own
+    assert torch.equal(rows, labels[-len(test) :].bincount(minlength=8))

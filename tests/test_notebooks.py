@@ -69,7 +69,8 @@ def test_parameters(model):
     parameters = papermill.inspect_notebook(FOLDER / f"{model}.ipynb")
     assert set(parameters) == MODEL_PARAMETERS
     assert parameters["preset"]["default"] == '"baseline"'
-    assert parameters["dataset"]["default"] == '"bloodmnist"'
+    usual = "mnist" if model == "cgan" else "bloodmnist"
+    assert parameters["dataset"]["default"] == f'"{usual}"'
 
 
 def test_runs_from_its_own_folder(tmp_path):

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from custom_models import MODELS
-from evaluation import judge
+from evaluation import features, judge, kid, per_class
 from generative_pipeline import GenerativePipeline, derive_seed, run_folder
 from utils import ImageSet, class_balanced_labels, to_uint8
 
@@ -38,6 +38,7 @@ TINY = {
         "validation_epochs": 2,
     },
     "cwgan_gp": {"base_channels": 4, "critic_steps": 2, "batch_size": 16},
+    "cgan": {"base_channels": 4, "batch_size": 32},
 }
 TINY_BEST = {
     "cvae": {"channels": (8, 8, 16), "latent_dim": 4, "batch_size": 32},
@@ -75,7 +76,7 @@ def make(data_root, tiny_extractor, tmp_path):
             "extractor": tiny_extractor,
             "device": "cpu",
             "epochs": 2,
-            **TINY[name],
+            **(TINY_BEST if changes.get("preset") == "best" else TINY)[name],
             **changes,
         }
         return GenerativePipeline(name, seed=seed, out=tmp_path / out, **settings)
@@ -172,8 +173,9 @@ def kill_at_random(process, checkpoint: Path, chance: random.Random) -> None:
     process.join()
 
 
-@pytest.mark.parametrize("preset", ["quick", "best"])
-@MODEL_NAMES
+@pytest.mark.parametrize(
+    "name, preset", [(n, p) for n in MODELS for p in ("quick", "best") if p in MODELS[n].PRESETS]
+)
 def test_a_run_killed_at_random_equals_an_uninterrupted_one(
     name, preset, processes, data_root, tiny_extractor, tmp_path
 ):
@@ -345,7 +347,7 @@ def test_a_checkpoint_holds_plain_types_and_plain_keys(make):
     state = torch.load(pipeline.checkpoint_path, weights_only=True)
     assert state.keys() == {
         *("format", "identity", "step", "seconds", "history"),
-        *("model", "ema", "ema_updates", "optimizers", "best", "training"),
+        *("classes", "precision", "model", "ema", "ema_updates", "optimizers", "best", "training"),
     }
     for weights in (state["model"], state["ema"], state["best"]["state"]):
         assert weights.keys() == pipeline.model.state_dict().keys()
@@ -619,7 +621,7 @@ def test_a_finished_training_is_there_without_its_checkpoint(name, make):
 
 @pytest.mark.parametrize("validation_epochs", [0, 1])
 def test_a_fitted_prior_is_part_of_the_kept_weights(validation_epochs, make):
-    settings = {**TINY_BEST["cvae"], "preset": "best", "validation_epochs": validation_epochs}
+    settings = {"preset": "best", "validation_epochs": validation_epochs}
     pipeline = make(**settings)
     pipeline.train()
     labels = torch.arange(16) % 8
@@ -691,7 +693,7 @@ def test_an_image_does_not_depend_on_the_others_of_its_batch(name, make):
             return model.decoder(latents[rows], model.condition(labels[rows]))
         if name == "dcgan":
             return model.generator(latents[rows])
-        if name == "cwgan_gp":
+        if name in ("cwgan_gp", "cgan"):
             return model.generator(latents[rows], labels[rows])
         return model.ddim(latents[rows], 2)
 
@@ -861,3 +863,79 @@ def test_the_budget_tells_a_shortened_run_from_a_full_one(make):
     assert make(**changes, epochs=99).budget() == "reduced"
     small = {"name": "ddpm", "preset": "small", "epochs": 80}
     assert make(**small).budget() == "reduced"
+
+
+def test_settings_of_the_sampler_are_measured_from_the_same_weights(make, monkeypatch):
+    pipeline = make("ddpm", preset="best", warmup_images=0)  # at once far from its zero output
+    pipeline.train()
+    variants = [{"sampler": "heun", "sampling_steps": 3}, {"guidance_scale": 50.0}]
+    before = pipeline.kept_model().state_dict()
+    rows = pipeline.measure_sampling(variants, n=16)
+    own = pipeline.config
+    assert [row["sampler"] for row in rows] == [own.sampler, "heun", own.sampler]
+    assert [row["guidance_scale"] for row in rows] == [1, 1, 50]
+    steps = own.sampling_steps
+    assert [row["evaluations"] for row in rows] == [steps, 5, 2 * steps]
+    assert len({row["kid"] for row in rows}) == 3 and all(row["kid_standard_error"] for row in rows)
+    assert not differences(before, pipeline.kept_model().state_dict()) and pipeline.config == own
+
+    # By hand: the same labels and noise through a pipeline whose config has the setting.
+    other = make("ddpm", preset="best", out="other", guidance_scale=50.0)
+    model = other.model.eval()
+    model.load_state_dict(pipeline.kept_model().state_dict())
+    labels = pipeline.sets["val"].labels[:16]
+    fakes = other._sample_from(model, labels, derive_seed(0, "sampling"))
+    extractor = pipeline.extractor()
+    real = features.extract(pipeline.sets["val"].images, extractor)
+    assert rows[2]["kid"] == kid.kernel_distance(real, features.extract(fakes, extractor))[0]
+
+    # Kept, and measured anew for other settings alone.
+    monkeypatch.setattr(pipeline, "_sample_from", None)
+    assert pipeline.measure_sampling(variants, n=16) == rows
+    with pytest.raises(TypeError):
+        pipeline.measure_sampling(variants, n=12)
+
+
+def test_splits_of_ones_own_take_the_place_of_a_named_data_set(make, bad_input):
+    named = make()
+    rows = torch.arange(0, 160, 2)
+    train = named.sets["train"]
+    half = ImageSet("half", "train", train.images[rows], train.labels[rows], train.classes)
+    pipeline = make(out="half", sets={"train": half})
+    assert pipeline.steps_per_epoch == 80 // 32 and pipeline.dataset_sha256 == half.sha256()
+    pipeline.train()
+    assert pipeline.sample(torch.arange(8)).shape == (8, 3, 28, 28)
+    with bad_input("half", "28", "32", "image_size"):
+        make(out="wrong", sets={"train": half}, image_size=32)
+
+
+def test_a_conditional_model_is_measured_class_by_class(make, monkeypatch, bad_input):
+    pipeline = make("cwgan_gp")
+    pipeline.train()
+    result = pipeline.evaluate_per_class(n=4)
+    assert [row["n_fake"] for row in result["per_class"]] == [4] * 8
+    assert [row["n_real"] for row in result["per_class"]] == [20] * 8
+    labels = class_balanced_labels(8, 4)
+    images = pipeline.sample(labels)
+    again = per_class.evaluate_per_class(images, labels, pipeline.sets, pipeline.extractor())
+    assert {**again, "key": pipeline.run_key(), "n": 4} == result
+    files = {path.name for path in pipeline.out.glob("per_class.*")}
+    assert files == {"per_class.json", "per_class.md", "per_class.png"}
+    assert json.loads((pipeline.out / "per_class.json").read_text()) == result
+    monkeypatch.setattr(pipeline, "sample", None)
+    assert pipeline.evaluate_per_class(n=4) == result
+    unconditional = make(out="other")
+    unconditional.train()
+    with bad_input("cvae", "class"):
+        unconditional.evaluate_per_class()
+
+
+@pytest.mark.parametrize("name, elsewhere", [("dcgan", 0), ("cvae", 95)])
+def test_images_are_stored_as_jpeg_where_the_data_was(name, elsewhere, make):
+    blood = make(name, preset="best")
+    assert blood.config.jpeg_quality == 75
+    train = blood.sets["train"]
+    other = ImageSet("PBC", "train", train.images, train.labels, train.classes)
+    assert make(name, preset="best", sets={"train": other}).config.jpeg_quality == elsewhere
+    given = make(name, preset="best", sets={"train": other}, jpeg_quality=80)
+    assert given.config.jpeg_quality == 80

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from custom_models import cwgan_gp, residual_cwgan_gp
-from custom_models.layers import JPEG
-from custom_models.residual_cwgan_gp import ConditionalBatchNorm, UpBlock
+from custom_models.layers import JPEG, ResidualBlock
+from custom_models.residual_cwgan_gp import ConditionalBatchNorm, UpBlock, with_deeper_levels
 
 TINY = dataclasses.replace(
     residual_cwgan_gp.Config(), generator_channels=(8, 8, 16), critic_channels=(8, 8, 16)
@@ -254,3 +254,56 @@ def test_any_size_from_eight_pixels_works(size):
     logged = model.training_step(*batch(8, size), model.optimizers())
     assert all(value.isfinite() for value in logged.values())
     assert model.eval().sample(torch.arange(3), noise()).shape == (3, 3, size, size)
+
+
+@pytest.mark.parametrize(
+    "size, side, widths",
+    [(28, 7, [8, 4, 2]), (32, 8, [8, 4, 2]), (64, 8, [16, 8, 4, 2]), (128, 8, [32, 16, 8, 4, 2])],
+)
+def test_levels_follow_the_size_until_the_smallest_side_is_eight(size, side, widths):
+    model = build(image_size=size, generator_channels=(8, 4, 2), critic_channels=(2, 4, 8))
+    generator, critic = model.generator, model.critic
+    assert generator.start(torch.randn(1, 64)).shape == (1, widths[0], side, side)
+    assert [block.second.out_channels for block in generator.blocks] == widths[1:]
+    halvings = [layer for layer in critic.features if getattr(layer, "stride", 1) == (2, 2)]
+    assert [layer.out_channels for layer in halvings] == widths[-2::-1]
+    (flat,) = [layer for layer in critic.features if isinstance(layer, torch.nn.Linear)]
+    assert flat.in_features == widths[0] * side**2
+
+
+def test_added_levels_double_the_width_up_to_256():
+    assert with_deeper_levels((32, 64, 128), 28) == (32, 64, 128)
+    assert with_deeper_levels((32, 64, 128), 33) == (32, 64, 128, 256)
+    assert with_deeper_levels((32, 64, 128), 128) == (32, 64, 128, 256, 256)
+
+
+def test_at_28_pixels_the_networks_are_those_of_the_kept_weights():
+    """Weights of finished trainings must go on fitting."""
+    model = residual_cwgan_gp.Config().build()
+    state = model.state_dict()
+    assert len(state) == 60
+    assert sum(value.numel() for value in state.values()) == 1_900_681
+    assert state["generator.start.0.weight"].shape == (128 * 7 * 7, 64)
+    assert state["generator.blocks.1.second.weight"].shape == (32, 32, 3, 3)
+    assert state["critic.features.8.weight"].shape == (128, 128 * 7 * 7)
+
+
+@pytest.mark.parametrize("preset", ["baseline", "best"])
+def test_a_step_at_64_pixels_is_finite_and_reaches_every_layer(preset):
+    """One update by plain descent: whatever has a gradient moves by it."""
+    small = {"base_channels": 4} if preset == "baseline" else {"jpeg_quality": 0}
+    if preset == "best":
+        small |= {"generator_channels": (8, 8, 4), "critic_channels": (4, 8, 8)}
+    torch.manual_seed(0)
+    config = dataclasses.replace(cwgan_gp.PRESETS[preset], image_size=64, critic_steps=1, **small)
+    model = config.build()
+    if preset == "best":
+        randomised(model)
+        for block in (m for m in model.modules() if isinstance(m, ResidualBlock)):
+            torch.nn.init.normal_(block.second.weight, std=0.1)  # not zero, which stops a gradient
+    logged = model.training_step(*batch(8, 64), model.optimizers())
+    assert all(value.isfinite() for value in logged.values())
+    for name, parameter in model.named_parameters():
+        if name != "critic.score.bias":  # a constant added to every score changes no loss
+            assert parameter.grad is not None and parameter.grad.any(), name
+    assert model.eval().sample(torch.arange(2), noise()).shape == (2, 3, 64, 64)

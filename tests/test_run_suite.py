@@ -76,7 +76,7 @@ def test_a_failed_run_is_named_and_the_others_go_on(first):
 def test_second_call_does_what_is_missing(second):
     out, done, before = second
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "4 runs: 2 finished before, 2 to do" in done.stdout
+    assert "5 runs: 3 finished before, 2 to do" in done.stdout
     assert not (run_of(out, "dcgan") / "failed.ipynb").exists()
     assert not list(out.rglob("*.partial"))
     # A finished run whose notebook is missing is shown again, not trained again.
@@ -117,7 +117,7 @@ def test_finished_suite_is_skipped(second, monkeypatch, capsys):
     monkeypatch.setattr(Runner, "execute", lambda self, task: executed.append(task.name))
     assert run_suite.main([*TINY, "--out", str(out)]) == 0
     assert executed == ["comparison"]
-    assert "4 runs: 4 finished before, 0 to do" in capsys.readouterr().out
+    assert "5 runs: 5 finished before, 0 to do" in capsys.readouterr().out
 
 
 def test_a_row_of_a_grid_is_an_executed_notebook(second, monkeypatch, capsys):

@@ -1,18 +1,35 @@
 """The training command: one line and exit code 2 for bad input, and nothing but torch, numpy,
-matplotlib and Pillow needed for a whole run."""
+matplotlib and Pillow needed for a whole run; and the command that draws images."""
 
+import csv
+import dataclasses
+import hashlib
 import json
+import multiprocessing
 import os
+import re
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from custom_models import MODELS, make_config
+from custom_models.config import help_texts
+from custom_models.drawing import labelled_grid
+from generative_pipeline import RESULTS, GenerativePipeline, pick_precision
+from train import FROM_DATA, PUBLISHED_NAMES, default_folder, parse_training
+from utils import BLOOD_CLASSES, PBC_FOLDER
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["--set", "epochs=1", "--set", "channels=(8, 16)", "--set", "batch_size=32"]
+SMALL = ["--epochs", "1", "--channels", "8,16", "--batch-size", "32"]
+PRESETS = [(model, preset) for model in MODELS for preset in MODELS[model].PRESETS]
 
 
 @pytest.fixture
@@ -66,16 +83,16 @@ def test_a_run_from_the_command_line(command, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
-@pytest.mark.parametrize("model", ["dcgan", "ddpm", "cwgan_gp"])
+@pytest.mark.parametrize("model", ["dcgan", "ddpm", "cwgan_gp", "cgan"])
 def test_every_model_runs_from_the_command_line(model, command, tmp_path, monkeypatch, capsys):
     settings = {
-        "dcgan": ["generator_channels=(8, 8, 8, 4)", "discriminator_channels=[4, 8, 8, 8]"],
-        "ddpm": ["channels=(8, 8)", "sampler=ddim", "sampling_steps=2"],
-        "cwgan_gp": ["base_channels=4", "critic_steps=2"],
+        "dcgan": ["--generator_channels=8,8,8,4", "--discriminator_channels=4,8,8,8"],
+        "ddpm": ["--channels=8,8", "--sampler=ddim", "--sampling_steps=2"],
+        "cwgan_gp": ["--base_channels=4", "--critic_steps=2"],
+        "cgan": ["--base_channels=4"],
     }[model]
-    options = [option for pair in settings for option in ("--set", pair)]
-    command = command[: command.index("--set")]
-    small = ["--set", "epochs=1", "--set", "batch_size=16", *options]
+    command = command[: command.index("--epochs")]
+    small = ["--epochs=1", "--batch_size=16", *settings]
     assert run_here([*command, "--model", model, "--seed", "3", *small], monkeypatch) == 0
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert (record["model"], record["seed"]) == (model, 3)
@@ -84,16 +101,23 @@ def test_every_model_runs_from_the_command_line(model, command, tmp_path, monkey
 BAD = {
     "unknown model": (["--model", "vae"], "unknown model 'vae'"),
     "unknown preset": (["--preset", "huge"], "no preset 'huge'"),
-    "unknown setting": (["--set", "depth=3"], "no setting 'depth'"),
-    "setting without value": (["--set", "epochs"], "NAME=VALUE"),
-    "setting of a wrong type": (["--set", "epochs=many"], "epochs must be int, got 'many'"),
-    "setting out of range": (["--set", "lr=-1"], "lr must be above 0"),
-    "too large a batch": (["--set", "batch_size=500"], "lower batch_size"),
+    "unknown option": (["--depth=3"], "cvae quick has no option --depth; its settings are epochs"),
+    "another model's setting": (["--critic_step", "5"], "cvae quick has no option --critic_step"),
+    "setting without value": (["--epochs"], "--epochs: expected one argument"),
+    "setting of a wrong type": (["--epochs", "many"], "--epochs: invalid int value: 'many'"),
+    "no truth value": (["--conditional", "maybe"], "expected true or false, got 'maybe'"),
+    "no whole numbers": (["--channels", "8;16"], "whole numbers such as 32,64,96, got '8;16'"),
+    "setting out of range": (["--lr", "-1"], "lr must be above 0"),
+    "too large a batch": (["--batch_size", "500"], "lower batch_size"),
+    "data given twice": (["--data_dir", "cells"], "leave --dataset, --data_root out"),
+    "resuming nothing": (["--resume"], "there is no checkpoint at"),
+    "unknown precision": (["--precision", "half"], "unknown precision 'half'"),
+    "bfloat16 on a CPU": (["--precision", "bfloat16"], "13 times slower"),
     "unknown data set": (["--dataset", "cats"], "unknown data set 'cats'"),
     "missing data": (["--dataset", "pbc", "--data-root", "none"], "PBC_dataset_normal_DIB"),
     "unknown device": (["--device", "abacus"], "unknown device 'abacus'"),
-    "missing extractor": (["--extractor", "none.pt"], "none.pt"),
-    "unknown option": (["--models", "cvae"], "--models"),
+    "missing extractor": (["--extractor", "none.pt"], "`--extractor demo` needs no file"),
+    "misspelt option": (["--models", "cvae"], "--models"),
     "wrong seed": (["--seed", "one"], "'one'"),
 }
 
@@ -122,8 +146,9 @@ def test_cuda_without_a_gpu(command, tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_missing_model_option(monkeypatch, capsys):
-    check_refusal(run_here(["train.py"], monkeypatch), *capsys.readouterr(), "--model")
+def test_without_a_model_it_is_the_published_one(monkeypatch, capsys):
+    code = run_here(["train.py", "--critic_step", "0"], monkeypatch)
+    check_refusal(code, *capsys.readouterr(), "critic_steps must be at least 1, got 0")
 
 
 def test_an_extractor_that_is_no_torchscript(command, tmp_path, monkeypatch, capsys):
@@ -194,3 +219,354 @@ def test_a_missing_inception_is_one_line_without_its_package(command, tmp_path):
         ["-c", code], PYTHONPATH=str(ROOT), TORCH_HOME=str(tmp_path), https_proxy="127.0.0.1:9"
     )
     check_refusal(done.returncode, done.stdout, done.stderr, "--extractor FILE")
+
+
+# ---------------------------------------------------------------------------------------------
+# Options
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model, preset", PRESETS)
+def test_help_names_every_setting_what_it_means_and_its_default(model, preset, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.raises(SystemExit) as end:
+        parse_training(["--model", model, "--preset", preset, "--help"])
+    lines = re.sub(r"\n {10,}", "  ", capsys.readouterr().out).splitlines()
+    config, texts = make_config(model, preset), help_texts(make_config(model, preset))
+    assert end.value.code == 0 and f"settings of {model} {preset}:" in lines
+    for name, value in dataclasses.asdict(config).items():
+        found = [line for line in lines if line.lstrip().startswith(f"--{name} ")]
+        if name in FROM_DATA[1:]:
+            assert found == []
+            continue
+        assert len(found) == 1
+        assert len(texts[name].split()) >= 2 and "TODO" not in texts[name]
+        if name != "image_size":
+            shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
+            assert f"{texts[name]} (default {shown})" in found[0]
+
+
+def test_options_take_every_type_and_published_names_mean_the_same():
+    _, given = parse_training(["--model", "cvae", "--channels", "8,16", "--conditional", "true"])
+    assert given == {"channels": (8, 16), "conditional": True}
+    published = ["--z_dim=7", "--critic_step=2", "--lambda_gp=3", "--adam_beta_1_c=0.1"]
+    published += ["--adam_beta_1_g=0.2", "--adam_beta_2=0.8", "--embed_size=5", "--lr=1e-3"]
+    own = [option for option in published]
+    for name, alias in PUBLISHED_NAMES.items():
+        own = [option.replace(f"--{alias}=", f"--{name}=") for option in own]
+    assert not set(own) & set(published[:6])
+    options, given = parse_training(published)
+    assert given == parse_training(own)[1] and options.model == "cwgan_gp"
+    assert given == {
+        "latent_dim": 7,
+        "critic_steps": 2,
+        "gradient_penalty": 3.0,
+        "beta1_critic": 0.1,
+        "beta1_generator": 0.2,
+        "beta2": 0.8,
+        "embed_size": 5,
+        "lr": 1e-3,
+    }
+    assert parse_training([])[1] == {}  # what is not given stays as the preset has it
+
+
+@pytest.mark.parametrize(
+    "dataset, root, size, folder",
+    [
+        ("bloodmnist", None, 28, "runs"),
+        ("bloodmnist", None, 64, "bloodmnist64/runs"),
+        ("pbc", "somewhere", 128, "pbc128/runs"),
+        ("celeba:Eyeglasses", None, 64, "celeba-Eyeglasses64/runs"),
+        ("folder", "some/where/my.cells", 64, "my.cells64/runs"),
+        ("folder", "some/where/cells.zip", 64, "cells64/runs"),
+    ],
+)
+def test_every_data_set_and_size_has_its_own_folder(dataset, root, size, folder):
+    found = default_folder(dataset, root, size, "cvae", "best", 3)
+    assert found == RESULTS / folder / "cvae-best" / "seed3"
+
+
+def test_the_usual_precision_is_the_device_s():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert (pick_precision(None, cpu), pick_precision(None, cuda)) == ("float32", "bfloat16")
+    assert pick_precision("float32", cuda) == "float32"
+
+
+# ---------------------------------------------------------------------------------------------
+# Whole runs
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_the_published_command_line(kind, tiny_extractor, tmp_path, request, monkeypatch, capsys):
+    data = request.getfixturevalue(f"pbc_{kind}") / PBC_FOLDER
+    monkeypatch.setenv("EXTRACTOR", str(tiny_extractor))
+    monkeypatch.setenv("CACHE_ROOT", str(tmp_path / "cache"))
+    monkeypatch.setattr(GenerativePipeline, "_save_pictures", lambda *_: None)  # slow
+    command = ["train.py", f"--data_dir={data}{'.zip' if kind == 'zip' else ''}", "--epochs=1"]
+    command += ["--batch_size=4", "--z_dim=8", "--embed_size=4", "--critic_step=2", "--lr=0.0002"]
+    command += ["--lambda_gp=10", "--adam_beta_1_c=0", "--adam_beta_1_g=0.5", "--adam_beta_2=0.9"]
+    kept = tmp_path / "kept" / "my.pt"
+    if kind == "zip":  # a folder of checkpoints, too
+        kept.mkdir(parents=True)
+    command += [f"--checkpoint_path={kept}", f"--log_dir={tmp_path / 'log'}"]
+    ours = [f"--out={tmp_path / 'run'}", "--device=cpu", "--base_channels=2"]
+    assert run_here([*command, "--seed=5", *ours], monkeypatch) == 0
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert (record["model"], record["preset"], record["seed"]) == ("cwgan_gp", "baseline", 5)
+    assert record["config"]["image_size"] == 128 and record["config"]["critic_steps"] == 2
+    assert record["dataset"]["name"] == "PBC" and record["dataset"]["n"] == 16
+    assert (kept / "checkpoint.pt" if kind == "zip" else kept).is_file()
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+    assert list((tmp_path / "log").glob("events.*"))
+    assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+def train_until_killed(arguments: dict) -> None:
+    """Two epochs, and their checkpoints; then no time for anything."""
+    pipeline = GenerativePipeline(**arguments, checkpoint_seconds=0)
+    save = pipeline.save_checkpoint
+
+    def save_and_die() -> None:
+        save()
+        if len(pipeline.history) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    pipeline.save_checkpoint = save_and_die
+    pipeline.train()
+
+
+def test_a_killed_run_is_resumed_to_the_same_weights(
+    command, data_root, tmp_path, monkeypatch, capsys
+):
+    settings = {"epochs": 4, "channels": (8, 16), "batch_size": 32, "preset": "quick"}
+    arguments = {"model": "cvae", "out": tmp_path / "run", "data_root": data_root, "device": "cpu"}
+    child = multiprocessing.get_context("fork").Process(
+        target=train_until_killed, args=({**arguments, **settings},)
+    )
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    path = tmp_path / "run" / "checkpoint.pt"
+    before, command = path.read_bytes(), [*command, "--epochs", "4"]
+    monkeypatch.setattr(GenerativePipeline, "_save_pictures", lambda *_: None)  # slow
+
+    code = run_here([*command, "--lr", "0.5", "--resume"], monkeypatch)
+    check_refusal(code, *capsys.readouterr(), "lr (0.001 there, 0.5 here)")
+    state = torch.load(path, weights_only=True)
+    torch.save({**state, "precision": "bfloat16"}, path)
+    code = run_here([*command, "--resume"], monkeypatch)
+    check_refusal(code, *capsys.readouterr(), "of a training in bfloat16, not in float32")
+    path.write_bytes(before)
+
+    assert run_here([*command, "--resume"], monkeypatch) == 0
+    assert capsys.readouterr().out.startswith(f"going on after epoch 2 from {path}\n")
+    whole = GenerativePipeline(**{**arguments, **settings, "out": tmp_path / "whole"})
+    whole.train()
+    first, second = (
+        torch.load(tmp_path / out / "weights.pt", weights_only=True) for out in ("run", "whole")
+    )
+    assert all(torch.equal(first["state"][name], second["state"][name]) for name in first["state"])
+    assert first["classes"] == state["classes"] == list(BLOOD_CLASSES)
+    # A finished run has nothing to go on with, and is shown.
+    path.unlink()
+    assert run_here([*command, "--resume"], monkeypatch) == 0
+
+
+def test_tensorboard_shows_losses_speed_and_a_labelled_grid(data_root, tmp_path, capsys):
+    pipeline = GenerativePipeline(
+        *("cwgan_gp", "quick"),
+        **{"out": tmp_path / "run", "data_root": data_root, "device": "cpu"},
+        **{"epochs": 12, "base_channels": 2, "batch_size": 64, "critic_steps": 1},
+    )
+    pipeline.train()
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), {"images": 0}).Reload()
+    steps = [2 * epoch for epoch in range(1, 13)]
+    names = {"loss_critic", "loss_generator", "wasserstein", "gradient_penalty"}
+    assert set(events.Tags()["scalars"]) == {*names, "epoch", "images_per_second"}
+    for name in (*names, "images_per_second"):
+        assert [event.step for event in events.Scalars(name)] == steps
+    assert all(event.value > 0 for event in events.Scalars("images_per_second"))
+    losses = [event.value for event in events.Scalars("wasserstein")]
+    assert losses == pytest.approx([row["wasserstein"] for row in pipeline.history])
+    # A quarter, half, three quarters, the tenth epoch, the end.
+    grids = events.Images("samples")
+    assert [event.step for event in grids] == [2 * epoch for epoch in (3, 6, 9, 10, 12)]
+    plain = np.asarray(Image.open(tmp_path / "run" / "progress" / "100.png"))
+    assert grids[-1].height == len(plain) and grids[-1].width > plain.shape[1]
+    assert len(list((tmp_path / "run" / "progress").iterdir())) == 4
+
+
+def test_a_labelled_grid_has_each_name_beside_its_row():
+    images = torch.full((4, 3, 16, 16), 200, dtype=torch.uint8)
+    plain = labelled_grid(images, [], 2)
+    assert plain.shape == (4 * 35, 4 * 35, 3)
+    named = labelled_grid(images, ["", "a long name"], 2)
+    margin = named.shape[1] - plain.shape[1]
+    assert np.array_equal(named[:, margin:], plain)
+    text = (named[:, :margin] < 128).any((1, 2))
+    assert text[70:].any() and not text[:70].any() and margin > 40
+    assert (named[:, :4] == 255).all()  # nothing is cut off
+
+
+# ---------------------------------------------------------------------------------------------
+# Drawing
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(data_root, tmp_path_factory) -> dict[str, GenerativePipeline]:
+    """One model that is told the class and one that is not."""
+    settings = {
+        "cvae": {"channels": (8, 16), "conditional": True},
+        "dcgan": {
+            "generator_channels": (8, 8, 8, 4),
+            "discriminator_channels": (4, 8, 8, 8),
+            "validation_epochs": 0,
+        },
+    }
+    made = {}
+    for name, own in settings.items():
+        made[name] = GenerativePipeline(
+            *(name, "quick"),
+            **{"out": tmp_path_factory.mktemp(name), "data_root": data_root, "device": "cpu"},
+            **{"epochs": 1, "batch_size": 32, **own},
+        )
+        made[name].train()
+    return made
+
+
+def draw(monkeypatch, checkpoint: Path, out: Path, *options: str) -> int:
+    arguments = ["train.py", "sample", "--checkpoint", str(checkpoint), "--out", str(out)]
+    return run_here([*arguments, "--device", "cpu", *options], monkeypatch)
+
+
+def read(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.png")}
+
+
+def test_images_of_the_classes_asked_for(trained, tmp_path, monkeypatch, capsys):
+    weights = trained["cvae"].weights_path
+    asked = ("--class", "platelet", "--class", "immature granulocyte", "--n", "3")
+    assert draw(monkeypatch, weights, tmp_path / "a", *asked, "--seed", "4") == 0
+    files = read(tmp_path / "a")
+    names = [f"{kind}_000{i}.png" for kind in ("platelet", "immature granulocyte") for i in "012"]
+    assert files.keys() == {*names, "grid.png"} and len({files[name] for name in names}) == 6
+    assert Image.open(tmp_path / "a" / names[0]).size == (28, 28)
+
+    # The same from the checkpoint and for one class alone; others from another seed.
+    alone = ("--class", "platelet", "--n", "3")
+    path = trained["cvae"].checkpoint_path
+    assert draw(monkeypatch, path, tmp_path / "b", *alone, "--seed", "4") == 0
+    assert draw(monkeypatch, path, tmp_path / "c", *alone) == 0
+    for name in names[:3]:
+        assert files[name] == read(tmp_path / "b")[name] != read(tmp_path / "c")[name]
+    capsys.readouterr()
+
+
+def test_all_classes_of_weights_that_name_none(trained, tmp_path, monkeypatch):
+    """As they were written before they named the classes: those of blood cells."""
+    state = torch.load(trained["cvae"].weights_path, weights_only=True)
+    del state["classes"]
+    torch.save(state, tmp_path / "old.pt")
+    assert draw(monkeypatch, tmp_path / "old.pt", tmp_path / "out", "--n", "1") == 0
+    assert read(tmp_path / "out").keys() == {
+        *(f"{name}_0000.png" for name in BLOOD_CLASSES),
+        "grid.png",
+    }
+
+
+def test_a_model_without_classes_draws_the_pipeline_s_images(trained, tmp_path, monkeypatch):
+    weights = trained["dcgan"].weights_path
+    assert draw(monkeypatch, weights, tmp_path / "out", "--n", "5", "--seed", "9") == 0
+    expected = trained["dcgan"].sample(torch.zeros(5, dtype=torch.int64), seed=9)
+    for number, image in enumerate(expected):
+        found = np.asarray(Image.open(tmp_path / "out" / f"image_000{number}.png"))
+        assert np.array_equal(found, image.permute(1, 2, 0).numpy())
+    assert len(read(tmp_path / "out")) == 6
+
+
+def test_a_shipped_file_draws(tmp_path, monkeypatch):
+    shipped = ROOT / "results" / "checkpoints" / "cvae-best.safetensors"
+    assert draw(monkeypatch, shipped, tmp_path / "out", "--class", "monocyte", "--n", "1") == 0
+    assert read(tmp_path / "out").keys() == {"monocyte_0000.png", "grid.png"}
+
+
+def unbalanced(tiny_arrays: dict, folder: Path) -> None:
+    """Of basophils 20 to train on, of the others 5, of platelets 1."""
+    labels = tiny_arrays["train_labels"].ravel()
+    keep = np.concatenate(
+        [np.flatnonzero(labels == c)[: {0: 20, 7: 1}.get(c, 5)] for c in range(8)]
+    )
+    changed = {name: tiny_arrays[name][keep] for name in ("train_images", "train_labels")}
+    np.savez(folder / "bloodmnist.npz", **{**tiny_arrays, **changed})
+
+
+def test_rare_classes_are_filled_up(trained, tiny_arrays, tmp_path, monkeypatch, capsys):
+    unbalanced(tiny_arrays, tmp_path)
+    weights, out = trained["cvae"].weights_path, tmp_path / "out"
+    assert draw(monkeypatch, weights, out, "--fill-up", "--data-root", str(tmp_path)) == 0
+    missing = dict.fromkeys(BLOOD_CLASSES[1:7], 15) | {"platelet": 19}
+    files = read(out)
+    for name, n in missing.items():
+        own = sorted(file for file in files if file.startswith(f"{name}/"))
+        assert own == [f"{name}/synthetic_{name}_{i:04d}.png" for i in range(n)]
+    assert len(files) == sum(missing.values()) and not (out / "basophil").exists()
+    with open(out / "synthetic.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert {line["file"]: line["class"] for line in lines} == {f: f.split("/")[0] for f in files}
+    sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert {(line["checkpoint_sha256"], line["seed"]) for line in lines} == {(sha256, "0")}
+    assert "platelet +19" in capsys.readouterr().out
+
+
+BAD_DRAWINGS = {
+    "unknown class": ("cvae", ["--class", "basophile"], "no class 'basophile'; it draws basophil,"),
+    "class of a model without": ("dcgan", ["--class", "basophil"], "can't be asked for a class"),
+    "fill-up of a model without": ("dcgan", ["--fill_up", "--data-root"], "fills up none"),
+    "fill-up of balanced data": ("cvae", ["--fill_up", "--data-root"], "none to fill up"),
+    "fill-up of so many": ("cvae", ["--fill_up", "--n", "3"], "leave --class and --n out"),
+    "data that is not counted": ("cvae", ["--dataset", "demo"], "counted by --fill_up"),
+    "no image": ("cvae", ["--n", "0"], "--n must be at least 1"),
+    "no file": ("none", [], "none does not exist"),
+    "cut short": ("broken", [], "is broken"),
+    "foreign": ("foreign", [], "is no weight file"),
+    "unknown device": ("cvae", ["--device", "abacus"], "unknown device"),
+    "unknown option": ("cvae", ["--number", "3"], "--number"),
+}
+
+
+@pytest.mark.parametrize("which, options, words", BAD_DRAWINGS.values(), ids=BAD_DRAWINGS)
+def test_bad_drawings(which, options, words, trained, data_root, tmp_path, monkeypatch, capsys):
+    path = trained[which].weights_path if which in trained else tmp_path / which
+    if which == "broken":
+        path.write_bytes(trained["cvae"].weights_path.read_bytes()[:1000])
+    elif which == "foreign":
+        torch.save({"state": {}}, path)
+    if options[-1:] == ["--data-root"]:
+        options = [*options, str(data_root)]
+    code = draw(monkeypatch, path, tmp_path / "out", *options)
+    check_refusal(code, *capsys.readouterr(), words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_folder_is_left_alone_and_a_full_disk_leaves_nothing(
+    trained, tmp_path, monkeypatch, capsys
+):
+    weights, out = trained["cvae"].weights_path, tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    code = draw(monkeypatch, weights, out, "--n", "1")
+    check_refusal(code, *capsys.readouterr(), "exists and is not empty")
+    assert os.listdir(out) == ["mine.txt"]
+    (out / "mine.txt").unlink()
+
+    def fail(self, path, **_):
+        if "lymphocyte" in str(path):
+            raise OSError(28, "No space left on device")
+        Path(path).write_bytes(b"")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    code = draw(monkeypatch, weights, out, "--n", "1")
+    check_refusal(code, *capsys.readouterr(), "no space left on the disk")
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(out) == []
