@@ -2,6 +2,7 @@
 
     python run_suite.py --models cvae dcgan --preset baseline --seeds 5 --data-root DATA
     python run_suite.py --ablations published --data-root DATA
+    python run_suite.py --study bccd --data-root DATA
     python run_suite.py --remeasure results --extractor inception --out results/fid
 
 A finished run is skipped, an interrupted one goes on where its last checkpoint stands, a failed
@@ -10,6 +11,7 @@ one is named at the end with its cause while the others go on. Exit code 0: all 
 """
 
 import argparse
+import ast
 import dataclasses
 import json
 import os
@@ -33,14 +35,16 @@ from tqdm import tqdm
 
 from custom_models import MODELS, make_config
 from custom_models.ablations import GRIDS, Ablation
+from custom_models.classifiers import make_classifier
 from custom_models.config import parse_settings
-from evaluation import figures
+from evaluation import augmentation, figures
 from evaluation.tables import ablation_table, collect, write_ablation_table
 from generative_pipeline import GenerativePipeline, run_folder
 from utils import LOADERS, InputError, OneSentenceParser, exit_on_bad_input, pick_device
 
 ROOT = Path(__file__).resolve().parent
 COMPARE = ROOT / "notebooks" / "compare_models.ipynb"
+STUDY = ROOT / "notebooks" / "augmentation_study.ipynb"
 # Papermill is not safe in threads, and a process of its own can be ended when it hangs. The kernel
 # "python3" is that of the interpreter that runs this file.
 EXECUTE = """
@@ -68,6 +72,22 @@ class Task:
     def record(self) -> Path:
         return self.target.parent / "record.json"
 
+    def result(self) -> str:
+        """The run's numbers in one line."""
+        return describe(self.record)
+
+
+class StudyTask(Task):
+    """One fold and seed of an augmentation study, whose arms have a record each."""
+
+    @property
+    def record(self) -> Path:
+        """Where these records lie."""
+        return self.target.parent.parent
+
+    def result(self) -> str:
+        return "all arms measured"
+
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = OneSentenceParser(description=__doc__.splitlines()[0])
@@ -80,8 +100,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="GRID",
         help=f"run the changed settings of a grid instead of a preset: {', '.join(GRIDS)}",
     )
-    parser.add_argument("--seeds", type=int, help="number of seeds, from 0 on (5; of a grid 3)")
-    parser.add_argument("--dataset", default="bloodmnist", help=f"one of {', '.join(LOADERS)}")
+    parser.add_argument(
+        "--study",
+        help="run the folds of an augmentation study instead of models: "
+        f"{', '.join(augmentation.DEFAULTS)}",
+    )
+    parser.add_argument(
+        "--seeds", type=int, help="number of seeds, from 0 on (5; of a grid 3, of a study 1)"
+    )
+    parser.add_argument(
+        "--dataset", help=f"one of {', '.join(LOADERS)} (bloodmnist; a study has its own)"
+    )
     parser.add_argument("--data-root", help="folder with the data sets ($DATA_ROOT, else data)")
     parser.add_argument(
         "--extractor",
@@ -92,7 +121,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="change one setting of every model's config; may be given again",
+        help="change one setting of every model's config, or one parameter of the study's "
+        "notebook; may be given again",
     )
     parser.add_argument("--out", default="results", help="folder of the results (results)")
     parser.add_argument(
@@ -116,7 +146,7 @@ def check(options: argparse.Namespace) -> None:
     They go through the environment, so that no kept notebook holds a path of this machine.
     """
     if options.seeds is None:
-        options.seeds = 3 if options.ablations else 5
+        options.seeds = 1 if options.study else 3 if options.ablations else 5
     for name in ("seeds", "jobs"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(options, name)}")
@@ -129,12 +159,17 @@ def check(options: argparse.Namespace) -> None:
         named = extractor in ("inception", "demo", "domain")
         os.environ["EXTRACTOR"] = extractor if named else str(Path(extractor).resolve())
     pick_device(options.device)
+    options.settings = parse_settings(options.set)
+    if options.study:
+        _check_study(options)
+        return
+    options.dataset = options.dataset or "bloodmnist"
     if options.ablations:
         _check_ablations(options)
         return
     options.preset = options.preset or "baseline"
-    options.settings = parse_settings(options.set)
-    options.models = list(dict.fromkeys(options.models or MODELS))
+    have_it = [name for name in MODELS if options.preset in MODELS[name].PRESETS]
+    options.models = list(dict.fromkeys(options.models or have_it or MODELS))
     for model in options.models:
         make_config(model, options.preset, **options.settings)
 
@@ -335,6 +370,75 @@ def compare_ablations(options: argparse.Namespace) -> list[tuple[Path, str]]:
         (folder / "table.md", "every row of the grid against its baseline"),
         (folder / "ablations.png", "the same as a picture"),
     ]
+
+
+# ---------------------------------------------------------------------------------------------
+# Augmentation studies
+# ---------------------------------------------------------------------------------------------
+
+STUDY_SETTINGS = tuple(field.name for field in dataclasses.fields(augmentation.Study))
+
+
+def _check_study(options: argparse.Namespace) -> None:
+    for name in ("models", "preset", "ablations", "remeasure", "extractor"):
+        if getattr(options, name):
+            raise InputError(
+                f"--{name} does not go with --study; change the study by --set, such as "
+                "--set updates=100"
+            )
+    fixed = ("study", "fold", "seed", "name", "dataset", "data_root", "out", "device")
+    for name in fixed:
+        if name in options.settings:
+            raise InputError(f"--set {name}= is not for a study: it is decided by other options")
+
+
+def plan_study(options: argparse.Namespace) -> tuple[list[Task], list[Task]]:
+    """The folds that are finished, notebook and all records, and those to do.
+
+    Builds the first fold, the generator's config and the classifiers, so that a fault in them is
+    told before anything is trained.
+    """
+    changes = {name: value for name, value in options.settings.items() if name in STUDY_SETTINGS}
+    study = augmentation.make_study(options.study, dataset=options.dataset, **changes)
+    fixed = {"study": options.study, "dataset": options.dataset, **options.settings}
+    fixed |= {"out": _portable(options.out), "device": options.device}
+    tasks = []
+    for seed in range(options.seeds):
+        for fold in range(augmentation.FOLDS):
+            folder = augmentation.fold_folder(options.out, study.name, fold, seed)
+            name = f"{study.name} fold {fold} seed {seed}"
+            parameters = {**fixed, "fold": fold, "seed": seed}
+            tasks.append(StudyTask(name, STUDY, folder / "notebook.ipynb", parameters))
+    _check_parameters(tasks[0])
+    make_config(study.generator, image_size=study.image_size, **study.generator_settings)
+    default = papermill.inspect_notebook(STUDY)["classifiers"]["default"]
+    classifiers = options.settings.get("classifiers", ast.literal_eval(default))
+    if not isinstance(classifiers, list | tuple):
+        raise InputError(f"classifiers must be names in a list, got {classifiers!r}")
+    first = augmentation.make_fold(study, 0)
+    for classifier in classifiers:
+        make_classifier(classifier, len(first.train.classes), study.image_size)
+    done, to_do = [], []
+    for task in tasks:
+        run = task.parameters["fold"], task.parameters["seed"], first.dataset_sha256
+        records = [
+            augmentation.finished_record(
+                options.out, augmentation.identity(study, arm, classifier, *run)
+            )
+            for classifier in classifiers
+            for arm in augmentation.arms(study)
+        ]
+        (done if all(records) and _is_whole(task.target) else to_do).append(task)
+    return done, to_do
+
+
+def report_study(options: argparse.Namespace) -> list[tuple[Path, str]]:
+    """Write the study's tables and figures; returns what there is to open."""
+    folder = augmentation.study_folder(options.out, options.study)
+    words = {".md": "tables", ".csv": "the same with all digits", ".png": "figure"}
+    paths = augmentation.write_report(folder)
+    first = augmentation.fold_folder(options.out, options.study, 0, 0) / "notebook.ipynb"
+    return [*((path, words[path.suffix]) for path in paths), (first, "explained and executed")]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -546,7 +650,7 @@ def run_all(tasks: list[Task], jobs: int) -> dict[Task, str]:
                 cause = future.result()
                 if cause:
                     failures[task] = cause
-                bar.write(f"{task.name}: {cause or describe(task.record)}", file=sys.stdout)
+                bar.write(f"{task.name}: {cause or task.result()}", file=sys.stdout)
                 sys.stdout.flush()
             running = {task: _quarters(task) for task in list(runner.processes)}
             words = [f"{finished} of {len(tasks)} runs done"]
@@ -603,7 +707,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     print("checking parameters, data and extractor …", flush=True)
     check(options)
-    if options.ablations:
+    if options.study:
+        done, to_do = plan_study(options)
+    elif options.ablations:
         ablation_records(options)  # a run of other settings is told now, not after the trainings
         done, to_do = plan(ablation_tasks(options))
     else:
@@ -617,7 +723,7 @@ def main(arguments: list[str] | None = None) -> int:
             return _report_failures(failures)
         done, to_do = plan(suite_tasks(options))
     for task in done:
-        print(f"{task.name}: {describe(task.record)} (finished before)")
+        print(f"{task.name}: {task.result()} (finished before)")
     print(
         f"{len(done) + len(to_do)} runs: {len(done)} finished before, {len(to_do)} to do",
         flush=True,
@@ -626,7 +732,7 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     failures = run_all(to_do, options.jobs) if to_do else {}
     measured = any(task.record.exists() for task in done + to_do)
-    if measured and not options.ablations:
+    if measured and not (options.ablations or options.study):
         print("comparing the models …", flush=True)
         runner = Runner(jobs=1)
         try:
@@ -641,11 +747,12 @@ def main(arguments: list[str] | None = None) -> int:
         if failed.exists():
             failures[task] += f" (see {_short(failed)})"
     causes = {task.name: cause for task, cause in failures.items()}
-    if measured and options.ablations:
+    report = report_study if options.study else compare_ablations if options.ablations else None
+    if measured and report:
         try:
-            _print_files(compare_ablations(options))
+            _print_files(report(options))
         except InputError as error:  # the failed runs are to be named all the same
-            causes["table of the grid"] = str(error)
+            causes["table of the study" if options.study else "table of the grid"] = str(error)
     return _report_failures(causes)
 
 

@@ -1,0 +1,175 @@
+"""Classifiers of cells: the two of the published study of GAN augmentation, and two residual ones.
+
+The published study (Enhancing White Blood Cell Classification through GAN-based Data Augmentation,
+BCCD, best accuracy 87.77 %) gives its classifiers as notebooks, whose layers differ from one to the
+next. `CNN` and `CNNRNN` say what is taken from them and what is not.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from utils import InputError
+
+CLASSIFIERS = ("cnn", "cnn_rnn", "resnet18", "resnet50")
+SMALLEST_SIDE = 8  # pixels: three halvings leave one
+SMALL_SIDE = 64  # pixels: below it resnet18 keeps the resolution in its first layers
+
+
+def make_classifier(
+    name: str,
+    n_classes: int,
+    image_size: int,
+    image_channels: int = 3,
+    weights: str | Path | None = None,
+) -> nn.Module:
+    """A classifier of images in [-1, 1], float32 [N, C, S, S], to logits [N, n_classes].
+
+    name: one of CLASSIFIERS. weights: of resnet18 and resnet50, a file with a state dict of
+    torchvision's network, or "imagenet" for torchvision's own, which are downloaded once; without
+    them torch's random state decides the first weights. Raises InputError for an unknown name,
+    images that are too small, weights that are not there, and those of another network.
+    """
+    if name not in CLASSIFIERS:
+        raise InputError(f"unknown classifier {name!r}; known are {', '.join(CLASSIFIERS)}")
+    if image_size < SMALLEST_SIDE:
+        raise InputError(
+            f"a classifier needs images of at least {SMALLEST_SIDE} pixels, not {image_size}"
+        )
+    if name.startswith("resnet"):
+        return residual_network(name, n_classes, image_size, image_channels, weights)
+    if weights is not None:
+        raise InputError(f"{name} has no pretrained weights; leave weights out, or take resnet18")
+    network = {"cnn": CNN, "cnn_rnn": CNNRNN}[name]
+    return network(n_classes, image_size, image_channels)
+
+
+def convolutions(image_channels: int, widths: tuple[int, ...]) -> list[nn.Module]:
+    """3×3 convolutions, each with ReLU and with max-pooling that halves the side."""
+    layers = []
+    for inputs, outputs in zip((image_channels, *widths), widths):
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    return layers
+
+
+def init_glorot(module: nn.Module) -> None:
+    """Uniform weights of variance 2 / (inputs + outputs) and zero biases, as published (Keras).
+
+    Glorot and Bengio 2010, equation 16.
+    """
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+class CNN(nn.Sequential):
+    """Three convolutions and a dense layer: [N, C, S, S] → logits [N, n_classes].
+
+    As published: 3×3 convolutions of 32, 64 and 64 channels with ReLU and max-pooling, dropout
+    0.25, a dense layer of 128 with ReLU, dropout 0.5. Ours: the images are padded and pooled after
+    each convolution; the notebooks do not pad and pool once, after the last one, and those of two
+    arms have two and five convolutions, while here every arm has the same network.
+    """
+
+    def __init__(self, n_classes: int, image_size: int, image_channels: int):
+        super().__init__(
+            *convolutions(image_channels, (32, 64, 64)),
+            nn.Dropout(0.25),
+            nn.Flatten(),
+            nn.Linear(64 * (image_size // 8) ** 2, 128),
+            nn.ReLU(),
+            nn.Dropout(0.5),
+            nn.Linear(128, n_classes),
+        )
+        self.apply(init_glorot)
+
+
+class CNNRNN(nn.Module):
+    """Convolutions beside an LSTM that reads the image's rows: [N, C, S, S] → logits.
+
+    As published: 3×3 convolutions of 32 and 64 channels with ReLU, max-pooling, dropout 0.25; two
+    LSTM layers of 64 units that read the rows from top to bottom; both merged, a dense layer of 128
+    with ReLU, dropout 0.5. Ours: a row holds all its colours (published: their mean), the LSTM
+    reads in one direction (published: both), max-pooling follows each convolution (published: the
+    last), and the branches are merged by the elementwise product of their dense projections, as
+    the notebooks' comments say; their code concatenates.
+    """
+
+    def __init__(self, n_classes: int, image_size: int, image_channels: int):
+        super().__init__()
+        self.cnn = nn.Sequential(
+            *convolutions(image_channels, (32, 64)),
+            nn.Dropout(0.25),
+            nn.Flatten(),
+            nn.Linear(64 * (image_size // 4) ** 2, 128),
+        )
+        self.rnn = nn.LSTM(image_channels * image_size, 64, num_layers=2, batch_first=True)
+        self.project = nn.Linear(64, 128)
+        self.head = nn.Sequential(
+            nn.Linear(128, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, n_classes)
+        )
+        self.apply(init_glorot)
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows = images.transpose(1, 2).flatten(2)  # [N, S, C S]
+        states, _ = self.rnn(rows)
+        return self.head(self.cnn(images) * self.project(states[:, -1]))
+
+
+def residual_network(
+    name: str, n_classes: int, image_size: int, image_channels: int, weights: str | Path | None
+) -> nn.Module:
+    """torchvision's resnet18 or resnet50 (He et al. 2016).
+
+    resnet18 begins with a 3×3 convolution of stride 1 without max-pooling below 64 pixels, as in
+    that paper's section 4.2. Pretrained weights are taken but for the first convolution where its
+    shape differs, and the last layer where the number of classes does.
+    """
+    try:
+        from torchvision import models
+    except ImportError:
+        raise InputError(f"{name} is torchvision's: pip install torchvision, or take cnn")
+    network = getattr(models, name)(num_classes=n_classes)
+    if name == "resnet18" and image_size < SMALL_SIDE:
+        network.conv1 = nn.Conv2d(image_channels, 64, 3, padding=1, bias=False)
+        network.maxpool = nn.Identity()
+    elif image_channels != 3:
+        network.conv1 = nn.Conv2d(image_channels, 64, 7, stride=2, padding=3, bias=False)
+    if weights is not None:
+        own, state = network.state_dict(), pretrained_state(name, weights)
+        # ImageNet's networks were trained on images of another scale and offset, nearly the same
+        # for all colours: the normalisation after the first convolution takes both up.
+        for part in ("conv1.weight", "fc.weight", "fc.bias"):
+            if part in state and state[part].shape != own[part].shape:
+                state[part] = own[part]
+        try:
+            network.load_state_dict(state)
+        except RuntimeError:
+            raise InputError(f"{weights} does not hold the weights of torchvision's {name}")
+    return network
+
+
+def pretrained_state(name: str, weights: str | Path) -> dict[str, Tensor]:
+    """The state dict in a file, or of torchvision's training on ImageNet."""
+    if str(weights) == "imagenet":
+        from torchvision.models import get_model_weights
+
+        try:
+            return get_model_weights(name).IMAGENET1K_V1.get_state_dict(check_hash=True)
+        except (OSError, RuntimeError) as error:  # no network, no room, or a damaged file
+            raise InputError(
+                f"torchvision's ImageNet weights of {name} could not be downloaded ({error}); "
+                "name a file with them instead, or leave weights out"
+            )
+    try:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f'{weights} does not exist; name a file of weights, or "imagenet"')
+    except Exception as error:  # a damaged file raises nearly anything
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"{weights} cannot be read as weights ({reason})")
+    values = state.values() if isinstance(state, dict) else [None]
+    if not all(isinstance(value, Tensor) for value in values):
+        raise InputError(f"{weights} does not hold a state dict of torchvision's {name}")
+    return dict(state)
