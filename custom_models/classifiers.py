@@ -67,9 +67,9 @@ class CNN(nn.Sequential):
     """Three convolutions and a dense layer: [N, C, S, S] → logits [N, n_classes].
 
     As published: 3×3 convolutions of 32, 64 and 64 channels with ReLU and max-pooling, dropout
-    0.25, a dense layer of 128 with ReLU, dropout 0.5. Ours: the images are padded and pooled after
-    each convolution; the notebooks do not pad and pool once, after the last one, and those of two
-    arms have two and five convolutions, while here every arm has the same network.
+    0.25, a dense layer of 128 with ReLU, dropout 0.5. Ours: every arm of a study has these three
+    convolutions (published: two, three or five, by the arm), padded and each followed by
+    max-pooling (published: not padded, and pooled once, after the last).
     """
 
     def __init__(self, n_classes: int, image_size: int, image_channels: int):

@@ -78,7 +78,7 @@ def test_it_keeps_its_level_where_the_ordinary_test_does_not():
     A cell's difference is a draw from N(0, 1) and a split's the mean over its test cells, so that
     two splits are correlated by the share of cells that their test parts have in common.
     """
-    rng, times, splits = np.random.default_rng(0), 600, 15
+    rng, times, splits = np.random.default_rng(0), 300, 15
     rejected, ordinary = 0, 0
     for _ in range(times):
         cells = rng.normal(size=60)
@@ -158,7 +158,7 @@ def test_holm_lies_between_the_raw_values_and_bonferroni(p_values):
 
 
 def test_holm_keeps_the_chance_of_any_false_finding():
-    rng, times = np.random.default_rng(0), 2000
+    rng, times = np.random.default_rng(0), 1000
     wrong = sum(min(holm(rng.uniform(size=5).tolist())) < 0.05 for _ in range(times))
     assert wrong / times == pytest.approx(0.05, abs=3 * math.sqrt(0.05 * 0.95 / times))
 
