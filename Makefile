@@ -12,7 +12,7 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo suite ablations fid checkpoints samples paper benchmark test clean
+.PHONY: help demo suite ablations augmentation fid checkpoints samples paper benchmark test clean
 
 help:
 	@echo "make demo       four models, two seeds (SEEDS=), drawn cells -> results/demo"
@@ -20,6 +20,8 @@ help:
 	@echo "                narrow it with MODELS=\"cvae dcgan\" PRESET= EXTRACTOR= DATA_ROOT= JOBS="
 	@echo "make ablations  changed settings against each baseline, three seeds (SEEDS=)"
 	@echo "                -> results/ablations; GRID=published, MODELS= narrows it"
+	@echo "make augmentation  do synthetic cells help a classifier? STUDY=bccd or imbalance"
+	@echo "                -> results/augmentation"
 	@echo "make fid        measure the kept weights of all runs anew with Inception-v3 -> results/fid"
 	@echo "make checkpoints  ship the weights of finished best runs -> results/checkpoints"
 	@echo "make samples    draw grids with the shipped weights, without data -> samples (OUT=)"
@@ -49,6 +51,13 @@ ablations: JOBS ?= 1
 ablations: $(INSTALLED)
 	$(RUN) run_suite.py --ablations $(GRID) $(if $(MODELS),--models $(MODELS)) --seeds $(SEEDS) \
 		--dataset bloodmnist --data-root "$(DATA_ROOT)" --extractor "$(EXTRACTOR)" \
+		--out results --jobs $(JOBS)
+
+augmentation: STUDY ?= bccd
+augmentation: SEEDS ?= 1
+augmentation: JOBS ?= 1
+augmentation: $(INSTALLED)
+	$(RUN) run_suite.py --study $(STUDY) --seeds $(SEEDS) --data-root "$(DATA_ROOT)" \
 		--out results --jobs $(JOBS)
 
 fid: $(INSTALLED)

@@ -1,6 +1,6 @@
 """Shipped checkpoints: a model in one small file, which draws images without training or data.
 
-    python -m custom_models.checkpoints ship     # every finished `best` run → results/checkpoints
+    python -m custom_models.checkpoints ship     # finished `best` runs → results/checkpoints
     python -m custom_models.checkpoints draw     # a grid of each shipped model → samples
 
 A checkpoint is three files: MODEL-PRESET.safetensors (the float16 weights that were measured, and
@@ -30,7 +30,7 @@ from utils import (
     write_atomically,
 )
 
-PRESET, SEED = "best", 0
+PRESETS, SEED = ("best", "best_small"), 0  # the first that is finished
 LARGEST = 25_000_000  # bytes
 
 KINDS = {
@@ -271,7 +271,7 @@ def draw(path: str | Path, out: str | Path, seed: int = SEED) -> None:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = OneSentenceParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    shipping = commands.add_parser("ship", help="ship every finished `best` run, seed 0")
+    shipping = commands.add_parser("ship", help="ship finished `best` runs (or stand-ins), seed 0")
     shipping.add_argument("--results", default="results", help="folder of the results (results)")
     shipping.add_argument("--out", default="results/checkpoints", help="(results/checkpoints)")
     drawing = commands.add_parser("draw", help="draw a grid of each shipped model")
@@ -282,15 +282,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def ship_all(results: str | Path, out: str | Path) -> None:
-    """Ship seed 0 of each model's `best` run; one that is not finished is named and left out."""
-    for model in (name for name in MODELS if PRESET in MODELS[name].PRESETS):
-        run = run_folder(results, model, PRESET, SEED)
-        missing = [name for name in ("weights.pt", "record.json") if not (run / name).exists()]
-        if missing:
-            print(f"{model} {PRESET}: not finished, {run} lacks {' and '.join(missing)}")
-        else:
-            path = ship(run, out)
+    """Ship seed 0 of each model's `best` run, or of its stand-in; one without both is named."""
+    for model in MODELS:
+        presets = [preset for preset in PRESETS if preset in MODELS[model].PRESETS]
+        runs = [run_folder(results, model, preset, SEED) for preset in presets]
+        finished = [
+            run for run in runs if (run / "weights.pt").exists() and (run / "record.json").exists()
+        ]
+        if finished:
+            path = ship(finished[0], out)
             print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+        elif runs:
+            print(f"{model}: not finished, {runs[0]} lacks weights.pt or record.json")
 
 
 def draw_all(folder: str | Path, out: str | Path, seed: int) -> None:

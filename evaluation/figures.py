@@ -628,7 +628,7 @@ def augmentation_amounts(rows: list[dict], classifier: str, kinds: list[str]) ->
         if words[0] == "real+GAN" and words[-1].isdecimal():
             amounts[int(words[-1])] = row
     others = [row for row in rows if row["n_generated"] == 0 and row["arm"] != "real"]
-    scores = {name: name.replace("_", " ") for name in ("balanced_accuracy", "macro_f1")}
+    scores = {"balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1"}
     scores |= {f"recall {kind}": f"recall of {kind}" for kind in kinds}
     places = range(len(amounts))
     with matplotlib.rc_context(STYLE):
@@ -641,9 +641,10 @@ def augmentation_amounts(rows: list[dict], classifier: str, kinds: list[str]) ->
             axis.fill_between(places, means - sds, means + sds, color="black", alpha=0.15, lw=0)
             for row, colour in zip(others, COLOURS):
                 axis.axhline(row[f"{score}_mean"], color=colour, ls="--", lw=1, label=row["arm"])
-            axis.set_xticks(places, [f"{n:,}" for n in sorted(amounts)])
+            axis.set_xticks(places, [f"{n:,}" for n in sorted(amounts)], rotation=45)
+            axis.set_xlabel("generated images added\nto each class")
             axis.set_title(title, fontsize=9)
-        figure.supxlabel(f"generated images added to each class; classifier {classifier}", size=9)
+        axes[0].set_ylabel(f"{classifier}, mean ± sd")
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
     return figure
