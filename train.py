@@ -227,9 +227,10 @@ def train(arguments: list[str]) -> None:
     if not pipeline.finished_record():
         pipeline.train()
     metrics = pipeline.evaluate()["metrics"]
+    distance = metrics["frechet_distance"]
+    first = "" if distance is None else f"{metrics['distance_name']} {distance:.1f}, "
     print(
-        f"{metrics['distance_name']} {metrics['frechet_distance']:.1f}, "
-        f"KID {metrics['kid']:.4f} ± {metrics['kid_standard_error']:.4f} "
+        f"{first}KID {metrics['kid']:.4f} ± {metrics['kid_standard_error']:.4f} "
         f"→ {pipeline.record_path}"
     )
 
