@@ -66,6 +66,7 @@ fid: $(INSTALLED)
 
 checkpoints: $(INSTALLED)
 	$(RUN) -m custom_models.checkpoints ship
+	$(RUN) -m evaluation.gallery results
 
 samples: OUT ?= samples
 samples: $(INSTALLED)

@@ -570,7 +570,8 @@ class GenerativePipeline:
         the preset's own comes first. n: images of each, for the first validation cells' labels,
         all from the same noise; they are compared with the validation split, so that a setting may
         be chosen by them. Returns a row for each: settings, evaluations of the network for one
-        image, kid and kid_standard_error. They are kept in sampling.json, and measured once.
+        image, kid and kid_standard_error. They are kept in sampling.json, with a picture beside it,
+        and measured once.
         """
         val, extractor, path = self.sets["val"], self.extractor(), self.out / "sampling.json"
         chosen = [self._sampling_settings(settings) for settings in ({}, *variants)]
@@ -594,6 +595,7 @@ class GenerativePipeline:
                     "kid_standard_error": error,
                 }
             )
+        figures.save(figures.sampling_quality(rows), self.out / "sampling.png")
         text = json.dumps({**study, "rows": rows}, indent=1) + "\n"
         write_atomically(path, lambda partial: partial.write_text(text))
         return rows

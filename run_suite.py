@@ -38,6 +38,7 @@ from custom_models.ablations import GRIDS, Ablation
 from custom_models.classifiers import make_classifier
 from custom_models.config import parse_settings
 from evaluation import augmentation, figures
+from evaluation.gallery import write_gallery
 from evaluation.tables import ablation_table, collect, write_ablation_table
 from generative_pipeline import GenerativePipeline, run_folder
 from utils import LOADERS, InputError, OneSentenceParser, exit_on_bad_input, pick_device
@@ -753,6 +754,11 @@ def main(arguments: list[str] | None = None) -> int:
             _print_files(report(options))
         except InputError as error:  # the failed runs are to be named all the same
             causes["table of the study" if options.study else "table of the grid"] = str(error)
+    if measured:
+        try:
+            print(f"all of it as one page: {_short(write_gallery(options.out))}")
+        except InputError as error:
+            causes["page of results"] = str(error)
     return _report_failures(causes)
 
 

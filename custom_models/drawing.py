@@ -320,6 +320,22 @@ def fill_up(
     return missing
 
 
+def write_images(images: torch.Tensor, names: list[str], facts: dict, out: str | Path) -> None:
+    """Write each image as NAME.png, and the facts about them as images.json.
+
+    images: uint8 [N, C, S, S]; facts: plain types. out: a folder that is new or empty.
+    """
+    _check_out(out)
+
+    def fill(folder: Path) -> None:
+        for image, name in zip(images, names, strict=True):
+            _save(image, folder / f"{_file_name(name)}.png")
+        text = json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
+        (folder / "images.json").write_text(text, encoding="utf-8")
+
+    _write_folder(out, fill)
+
+
 def _draw_class(model: nn.Module, about: dict, name: str, n: int, seed: int) -> torch.Tensor:
     """`n` images of the class; of a model without classes, those of `sample`."""
     if not model.conditional:

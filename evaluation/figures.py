@@ -43,18 +43,28 @@ def real_and_generated(real: ImageSet, fakes: torch.Tensor, by_class: bool, titl
     shown, not chosen ones.
     """
     if by_class:
-        rows = [
-            torch.nonzero(real.labels == label).flatten()[:PER_CLASS]
-            for label in range(len(real.classes))
-        ]
+        labels, classes = real.labels[: len(fakes)], len(real.classes)
         return _side_by_side(
-            [torch.cat([real.images[r] for r in rows]), torch.cat([fakes[r] for r in rows])],
+            [
+                _rows_of_classes(real.images, labels, classes),
+                _rows_of_classes(fakes, labels, classes),
+            ],
             [f"real ({real.name})", f"generated ({title})"],
             [name.replace(" ", "\n") for name in real.classes],
         )
     return _side_by_side(
         [real.images[:IN_ALL], fakes[:IN_ALL]], [f"real ({real.name})", f"generated ({title})"], []
     )
+
+
+def _rows_of_classes(images: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:
+    """The first eight images of each class in turn; white ones where a class has fewer."""
+    shape = (classes, PER_CLASS, *images.shape[1:])
+    rows = torch.full(shape, 255, dtype=torch.uint8)
+    for label in range(classes):
+        found = torch.nonzero(labels == label).flatten()[:PER_CLASS]
+        rows[label, : len(found)] = images[found]
+    return rows.flatten(0, 1)
 
 
 def neighbours(images: torch.Tensor, nearest: torch.Tensor) -> Figure:
@@ -569,7 +579,7 @@ def real_and_generated_by_class(
         lines += [] if distance is None else [f"{record['distance_name']} {distance:.1f}"]
         names.append("\n".join(lines))
     parts = [
-        torch.cat([images[labels == label][:PER_CLASS] for label in range(len(rows))])
+        _rows_of_classes(images, labels, len(rows))
         for images, labels in ((real.images, real.labels), (images, labels))
     ]
     return _side_by_side(parts, [f"real ({real.name})", "generated"], names)

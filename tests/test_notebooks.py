@@ -73,6 +73,13 @@ def test_parameters(model):
     assert parameters["dataset"]["default"] == f'"{usual}"'
 
 
+def test_parameters_of_your_own_images():
+    parameters = papermill.inspect_notebook(FOLDER / "your_own_images.ipynb")
+    others = {"data_dir", "model", "image_size", "epochs", "per_class"}
+    assert set(parameters) == MODEL_PARAMETERS - {"dataset", "data_root"} | others
+    assert parameters["data_dir"]["default"] == "None"
+
+
 def test_runs_from_its_own_folder(tmp_path):
     """As it does when somebody opens it in Jupyter: imports and data are found from there."""
     parameters = {

@@ -1,0 +1,189 @@
+"""Noise → images, for every model: what the notebook `explore` moves its sliders on.
+
+A model draws noise and makes an image of it. Here the two are apart, so that the noise can be moved
+on its way: `images_from(model, draw_noise(model, labels, seed), labels)` is `drawing.sample`.
+"""
+
+import copy
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from custom_models.drawing import SAMPLE_BATCH, derive_seed
+from evaluation.copies import inverse_turn, nearest_over_turns, turned
+from utils import ImageSet, InputError, load_dataset, to_uint8
+
+SAMPLES = 512  # that directions are fitted to
+
+
+def is_diffusion(model: nn.Module) -> bool:
+    """Whether the model takes steps from noise of the image's own size, instead of from latents."""
+    return hasattr(model, "in_steps")
+
+
+def draw_noise(model: nn.Module, labels: Tensor, seed: int) -> Tensor:
+    """The noise behind the images of `drawing.sample`, float32 [N, D], for at most 128 labels.
+
+    A GAN's and the CVAE's begins with the latents, `config.latent_dim` of them, N(0, I); what
+    follows for the CVAE's `best` preset is the logistic noise of the coefficients that it draws.
+    A diffusion model's is x_T, N(0, I), D = C · S · S.
+    """
+    if len(labels) > SAMPLE_BATCH:
+        raise InputError(f"at most {SAMPLE_BATCH} images at once, got {len(labels)}")
+    config, n = model.config, len(labels)
+    generator = torch.Generator().manual_seed(derive_seed(seed, "samples"))
+    if is_diffusion(model):
+        dim = config.image_channels * config.image_size**2
+    else:
+        dim = config.latent_dim
+    parts = [torch.randn(n, dim, generator=generator)]
+    if hasattr(model, "prior_mean"):
+        size = config.image_size
+        for coefficients in model.jpeg.encode(torch.zeros(1, 3, size, size)):
+            uniform = torch.rand(n, coefficients.numel(), generator=generator)
+            parts.append(uniform.clamp(0.0005, 0.9995).logit())
+    return torch.cat(parts, dim=1)
+
+
+@torch.inference_mode()
+def images_from(model: nn.Module, noise: Tensor, labels: Tensor) -> Tensor:
+    """The images that the model makes of this noise, uint8 [N, C, S, S]; it is in eval mode.
+
+    noise: as from `draw_noise`; labels: int64 [N], not used by a model without classes. A diffusion
+    model takes the steps of its config; `ddpm` by DDIM, which needs no more noise on the way.
+    """
+    config = model.config
+    if is_diffusion(model):
+        side = config.image_size
+        noise = noise.view(len(noise), config.image_channels, side, side)
+        images = model.in_steps(labels, noise, config.sampling_steps)
+    elif hasattr(model, "prior_mean"):
+        images = _from_coefficients(model, noise, labels)
+    elif hasattr(model, "decoder"):
+        images = model.decoder(noise, model.condition(labels)).sigmoid() * 2 - 1
+    elif model.conditional:
+        images = model.generator(noise, labels)
+    else:
+        images = model.generator(noise)
+    return to_uint8(images)
+
+
+def _from_coefficients(model: nn.Module, noise: Tensor, labels: Tensor) -> Tensor:
+    """As `jpeg_vae.Model.sample` does it, from given noise; [-1, 1], [N, 3, S, S]."""
+    config = model.config
+    latents, rest = noise[:, : config.latent_dim, None], noise[:, config.latent_dim :]
+    latents = model.prior_mean[labels] + (model.prior_factor[labels] @ latents).squeeze(2)
+    coefficients = []
+    for mean, log_scale in model.decode(latents, labels):
+        length = mean[0].numel()
+        drawn, rest = rest[:, :length].view(mean.shape), rest[:, length:]
+        coefficients.append((mean + config.temperature * log_scale.exp() * drawn).round())
+    return model.jpeg.decode(*coefficients, (config.image_size, config.image_size))
+
+
+# ---------------------------------------------------------------------------------------------
+# Moving the noise
+# ---------------------------------------------------------------------------------------------
+
+
+def directions(model: nn.Module, label: int, count: int) -> Tensor:
+    """Directions of the latents that change the images of a class most: float32 [count, dim].
+
+    Orthonormal; the first changes most. They are the leading left singular vectors of the pixels'
+    linear regression on the latents, over 512 samples. For normal latents its slopes are the mean
+    Jacobian of the generator (Stein's lemma). Forwards along a direction, images get brighter.
+    """
+    latents, images = [], []
+    for batch in range(SAMPLES // SAMPLE_BATCH):
+        labels = torch.full((SAMPLE_BATCH,), label)
+        noise = draw_noise(model, labels, derive_seed(label, "directions", batch))
+        latents.append(noise[:, : model.config.latent_dim])
+        images.append(images_from(model, noise, labels).flatten(1).float())
+    latents, images = torch.cat(latents), torch.cat(images)
+    slopes = torch.linalg.lstsq(latents, images - images.mean(0)).solution
+    found = torch.linalg.svd(slopes, full_matrices=False).U.T[:count]
+    return found * torch.where((found @ slopes).sum(1, keepdim=True) < 0, -1, 1)
+
+
+def move(noise: Tensor, directions: Tensor, amounts: list[float]) -> Tensor:
+    """The noise [N, D], moved by so many standard deviations along each of the directions."""
+    moved = noise.clone()
+    moved[:, : directions.shape[1]] += torch.tensor(amounts) @ directions
+    return moved
+
+
+def between(first: Tensor, second: Tensor, frames: int) -> Tensor:
+    """From one image's noise [D] to another's along a circle: float32 [frames, D], both included.
+
+    cos(t) first + sin(t) second keeps the variance, as a straight line does not: its middle would
+    be noise that the model has never seen. For noises at a right angle, as long random ones nearly
+    are, it is the spherical interpolation of White (2016), "Sampling Generative Networks".
+    """
+    angles = torch.linspace(0, math.pi / 2, frames, dtype=torch.float64)[:, None]
+    path = (angles.cos() * first + angles.sin() * second).float()
+    path[-1] = second
+    return path
+
+
+# ---------------------------------------------------------------------------------------------
+# Sampling a diffusion model in another way
+# ---------------------------------------------------------------------------------------------
+
+
+def with_sampling(model: nn.Module, **settings) -> nn.Module:
+    """The same weights, sampled with other settings of the config, such as guidance_scale=2.0.
+
+    Raises InputError for a value that the config refuses.
+    """
+    changed = copy.copy(model)
+    changed.config = dataclasses.replace(model.config, **settings)
+    return changed
+
+
+# ---------------------------------------------------------------------------------------------
+# Real cells beside generated ones
+# ---------------------------------------------------------------------------------------------
+
+
+def real_cells(path: Path, about: dict, data_root: str | Path | None) -> dict[str, ImageSet]:
+    """The `train` and `held_out` cells of the data set that a shipped checkpoint was trained on.
+
+    Raises InputError where the record beside the checkpoint or the data's folder is missing, and
+    where the data there is another.
+    """
+    record = path.with_suffix(".json")
+    root = Path(data_root or os.environ.get("DATA_ROOT") or Path(__file__).parents[1] / "data")
+    if not record.is_file():
+        raise InputError(f"{record.name} is missing, which names the data set; get it anew")
+    if not root.exists():
+        raise InputError(
+            f"{about['dataset']} is not here; set data_root to the folder that holds it"
+        )
+    source = json.loads(record.read_text(encoding="utf-8"))["dataset"]["source"]
+    cells = {
+        split: load_dataset(source, root, about["image_size"], split)
+        for split in ("train", "held_out")
+    }
+    if cells["train"].sha256() != about["dataset_sha256"]:
+        raise InputError(
+            f"{cells['train'].name} in {root} is not what this model was trained on, "
+            f"{about['dataset']} (sha256 {about['dataset_sha256'][:8]}…); give that data set"
+        )
+    return cells
+
+
+def nearest_real(images: Tensor, real: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k nearest real images of each image, in pixels, turned to match it.
+
+    images: uint8 [N, C, S, S]; real: uint8 [M, C, S, S]. Returns distances, float32 [N, k] (root
+    mean squared difference, 0 … 255), ascending, and the real images, uint8 [N, k, C, S, S].
+    """
+    distances, rows, turns = nearest_over_turns(images, real, k)
+    pairs = zip(rows.flatten().tolist(), turns.flatten().tolist())
+    matched = torch.cat([turned(real[row, None], inverse_turn(turn)) for row, turn in pairs])
+    return distances, matched.view(len(images), k, *images.shape[1:])

@@ -1,0 +1,286 @@
+"""The page that shows all results: RESULTS/README.md, made from records and pictures alone.
+
+    python -m evaluation.gallery results
+
+What is not there is left out. The same files give the same page, whose links are relative.
+"""
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from urllib.parse import quote
+
+from evaluation.protocol import Protocol
+from evaluation.tables import BUDGETS, collect, results_table, run_table
+from utils import InputError, exit_on_bad_input, write_atomically
+
+PAGE = "README.md"
+COMPARISONS = {
+    "comparison.png": "Real cells beside those of the published presets and their stand-ins, the "
+    "first that were drawn.",
+    "comparison_best.png": "Real cells beside those of the `best` presets, the first that were "
+    "drawn.",
+    "distances.png": "Fréchet distance of every training, a dot each; the dashed line is what "
+    "held-out real cells get.",
+    "cost.png": "Fréchet distance against images seen in training, and against seconds.",
+    "stability.png": "Kernel distance on the validation split as training goes on; the dot is the "
+    "step that was kept.",
+}
+TABLES = {
+    "results.md": "The table of results",
+    "results_reduced.md": "runs at a reduced budget",
+    "results_per_class.md": "every class by itself",
+    "results_reduced_per_class.md": "every class by itself, at a reduced budget",
+    "compare_models.ipynb": "the comparison of the models, executed",
+}
+PICTURES = {
+    "suspicious_pairs.png": "Cells that lie nearest to a training cell, measured by the nearest "
+    "held-out one. A copy would look the same as the cell in the middle, and unlike the third.",
+    "losses.png": "Losses, and what else the training logged.",
+    "frechet_infinity.png": "The Fréchet distance at several numbers of images, and the line that "
+    "leads to endlessly many, FD∞.",
+    "sampling.png": "Kernel distance of the same weights' images by several solvers and numbers of "
+    "steps, and under guidance; the ring is what the preset uses.",
+    "per_class.png": "Real cells beside generated ones, with each class's own distances.",
+}
+
+
+def gallery(results: str | Path) -> str:
+    """The page about everything in the folder, as Markdown.
+
+    Raises InputError for a folder without records and for a record that is not whole.
+    """
+    results = Path(results)
+    runs = _runs(results)
+    if not runs:
+        raise InputError(f"{results / 'runs'} holds no record.json; train a model first")
+    parts = [
+        "# Results, with pictures",
+        "Made by `python -m evaluation.gallery` from the records and pictures in this folder; do "
+        "not edit by hand. What was not run, or not kept, is not shown.",
+        _contents(results, runs),
+        "## All models",
+        _links(results, results, TABLES),
+        *_pictures(results, results, COMPARISONS),
+        *(part for row, folders in runs for part in _run(results, row, folders)),
+        *_checkpoints(results),
+        *_mistakes(results),
+        *_others(results),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def write_gallery(results: str | Path) -> Path:
+    """Write the page into the folder, as README.md; returns its path."""
+    page, text = Path(results) / PAGE, gallery(results)
+    write_atomically(page, lambda path: path.write_text(text, encoding="utf-8"))
+    return page
+
+
+# ---------------------------------------------------------------------------------------------
+# Parts of the page
+# ---------------------------------------------------------------------------------------------
+
+
+def _runs(results: Path) -> list[tuple[dict, dict[int, Path]]]:
+    """A row of the tables for each model and preset, and its runs' folders by seed.
+
+    Full budgets come first; under one protocol the order is that of the tables.
+    """
+    folders = [path.parent for path in sorted((results / "runs").rglob("record.json"))]
+    groups = defaultdict(list)
+    for folder, record in zip(folders, collect(results / "runs"), strict=True):
+        protocol = Protocol(**record["metrics"]["protocol"])
+        place = BUDGETS.index(record["budget"]), protocol.dataset, protocol.key()
+        groups[place].append((folder, record))
+    runs = []
+    for _, group in sorted(groups.items(), key=lambda item: item[0]):
+        for row in results_table([record for _, record in group]):
+            own = {
+                record["seed"]: folder
+                for folder, record in group
+                if (record["model"], record["preset"]) == (row["model"], row["preset"])
+            }
+            runs.append((row, dict(sorted(own.items()))))
+    return runs
+
+
+def _title(row: dict) -> str:
+    return f"{row['model']} {row['preset']}, {row['dataset']}, {row['image_size']} pixels"
+
+
+def _contents(results: Path, runs: list) -> str:
+    titles = ["All models", *(_title(row) for row, _ in runs)]
+    titles += ["Shipped checkpoints"] * any((results / "checkpoints").glob("*.json"))
+    titles += ["What mistakes do to numbers"] * any((results / "numbers").glob("*.json"))
+    return "\n".join(f"- [{title}](#{_anchor(title)})" for title in titles)
+
+
+def _anchor(title: str) -> str:
+    """What code-hosting sites make of a heading."""
+    kept = (c for c in title.lower().replace(" ", "-") if c.isalnum() or c in "-_")
+    return "".join(kept)
+
+
+def _run(results: Path, row: dict, folders: dict[int, Path]) -> list[str]:
+    """The first seed in full; the others as links."""
+    seed, folder = next(iter(folders.items()))
+    record = _read(folder / "record.json")
+    name = f"{row['model']} {row['preset']}, seed {seed}"
+    if row["note"].startswith("not measured"):
+        numbers = [
+            f"Numbers: {row['note']}. Budget: **{row['budget']}**, {record['images_seen']:,} "
+            f"images seen in {record['seconds'] / 60:.1f} minutes on {record['device']}."
+        ]
+    else:
+        numbers = [run_table(record).strip()]
+        if row["frechet_sd"] is not None:
+            numbers.append(
+                f"Over {row['seeds']} trainings: {row['distance_name']} "
+                f"{row['frechet_mean']:.1f} ± {row['frechet_sd']:.1f} (mean ± sd)."
+            )
+    files = {
+        "notebook.ipynb": "explained and executed",
+        "record.json": "the record",
+        "per_class.md": "every class by itself",
+    }
+    return [
+        f"## {_title(row)}",
+        f"Seed {seed}: {_links(results, folder, files)}.",
+        *_pictures(
+            results,
+            folder,
+            {"samples.png": "Real cells and generated ones, the first that were drawn."},
+            name,
+        ),
+        *numbers,
+        *_progress(results, folder, name),
+        *_pictures(results, folder, PICTURES, name),
+        *_other_seeds(results, folders, seed),
+    ]
+
+
+def _progress(results: Path, folder: Path, name: str) -> list[str]:
+    paths = sorted((folder / "progress").glob("*.png"))
+    if not paths:
+        return []
+    percents = [int(path.stem) for path in paths]
+    images = [
+        f"![{name}: samples after {percent} % of the training]({_relative(path, results)})"
+        for percent, path in zip(percents, paths)
+    ]
+    return [
+        "The same noise as training goes on, in % of it:",
+        "\n".join(
+            f"| {' | '.join(cells)} |"
+            for cells in (map(str, percents), [":-:"] * len(paths), images)
+        ),
+    ]
+
+
+def _other_seeds(results: Path, folders: dict[int, Path], shown: int) -> list[str]:
+    files = {"samples.png": "samples", "notebook.ipynb": "notebook", "record.json": "record"}
+    seeds = [
+        f"{seed} ({_links(results, folder, files)})"
+        for seed, folder in folders.items()
+        if seed != shown
+    ]
+    return [f"Other seeds: {', '.join(seeds)}."] if seeds else []
+
+
+def _checkpoints(results: Path) -> list[str]:
+    lines = []
+    for path in sorted((results / "checkpoints").glob("*.json")):
+        record = _read(path)
+        files = {
+            record["checkpoint"]["file"]: "weights",
+            f"{path.stem}.md": "card",
+            path.name: "record",
+        }
+        lines.append(
+            f"| {path.stem} | {record['dataset']['name']} | {record['seed']} | "
+            f"{record['checkpoint']['bytes'] / 1e6:.1f} MB | "
+            f"{_links(results, path.parent, files)} |"
+        )
+    if not lines:
+        return []
+    head = "| Checkpoint | Trained on | Seed | Size | Files |\n|---|---|---:|---:|---|\n"
+    words = "`make samples` draws grids with these files, without data or training."
+    if (results.parent / "notebooks" / "explore.ipynb").is_file():
+        words += " [`explore`](../notebooks/explore.ipynb) lets you play with them."
+    return ["## Shipped checkpoints", head + "\n".join(lines), words]
+
+
+def _mistakes(results: Path) -> list[str]:
+    """The records of evaluation/mistakes.py and their figures."""
+    folder, parts = results / "numbers", []
+    for path in sorted(folder.glob("*.json")):
+        record = _read(path)
+        title = record["experiment"].replace("_", " ").capitalize().replace("Jpeg", "JPEG")
+        parts.append(f"### {title}")
+        parts += _pictures(results, folder, {f"{path.stem}.png": f"{record['what']}."})
+        parts.append(_links(results, folder, {path.name: "the record"}))
+    if not parts:
+        return []
+    words = "The usual mistakes, made on purpose and measured, on real cells wherever that can be."
+    notebook = _links(results, folder, {"notebook.ipynb": "Explained and executed"})
+    return ["## What mistakes do to numbers", words, notebook, *parts]
+
+
+def _others(results: Path) -> list[str]:
+    """Pages of other data sets; tables of ablations, of augmentation studies and of speed."""
+    parts = []
+    for title, pattern in {
+        "Other data sets": "*[0-9]/README.md",  # such as mnist28
+        "Ablations": "ablations/*/table.md",
+        "Augmentation studies": "augmentation/*.md",
+        "Speed": "benchmarks/*.md",
+    }.items():
+        paths = sorted(results.glob(pattern))
+        lines = [
+            f"- [{path.relative_to(results).as_posix()}]({_relative(path, results)})"
+            for path in paths
+        ]
+        parts += [f"## {title}", "\n".join(lines)] if lines else []
+    return parts
+
+
+def _pictures(results: Path, folder: Path, captions: dict[str, str], name: str = "") -> list[str]:
+    """Each picture that is there, below its caption."""
+    parts = []
+    for file, caption in captions.items():
+        path = folder / file
+        if path.is_file():
+            words = path.stem.replace("_", " ")
+            alt = f"{name}: {words}" if name else words
+            parts += [caption, f"![{alt}]({_relative(path, results)})"]
+    return parts
+
+
+def _links(results: Path, folder: Path, files: dict[str, str]) -> str:
+    """Links to those of the folder's files that are there, in one line."""
+    return ", ".join(
+        f"[{words}]({_relative(folder / file, results)})"
+        for file, words in files.items()
+        if (folder / file).is_file()
+    )
+
+
+def _read(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is no record ({error}); remove it and make it again") from None
+
+
+def _relative(path: Path, results: Path) -> str:
+    """The path as a link from the page."""
+    return quote(path.relative_to(results).as_posix())
+
+
+if __name__ == "__main__":
+    with exit_on_bad_input():
+        if len(sys.argv) != 2:
+            raise InputError("usage: python -m evaluation.gallery RESULTS")
+        print(f"wrote {write_gallery(sys.argv[1])}")

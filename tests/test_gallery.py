@@ -1,0 +1,154 @@
+"""The page of all results: what stands on it, what does not, and that its links lead somewhere."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+from evaluation import gallery
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results"
+PAGE = RESULTS / "README.md"
+LINK = re.compile(r"\]\(([^)]+)\)")
+
+
+def links(text: str) -> list[str]:
+    return [unquote(link) for link in LINK.findall(text)]
+
+
+@pytest.fixture
+def results(tmp_path) -> Path:
+    """Two seeds of one run in full, one run at a reduced budget, all from kept records."""
+    for run, seed in (("cvae-baseline", 0), ("cvae-baseline", 1), ("ddpm-small", 0)):
+        source = RESULTS / "runs" / run / f"seed{seed}"
+        folder = tmp_path / "results" / "runs" / run / f"seed{seed}"
+        folder.mkdir(parents=True)
+        shutil.copy(source / "record.json", folder)
+        for name in ("samples.png", "progress/050.png", "progress/100.png"):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(b"a picture")
+    return tmp_path / "results"
+
+
+def value(results: Path, run: str, seed: int) -> float:
+    record = json.loads((results / "runs" / run / f"seed{seed}" / "record.json").read_text())
+    return record["metrics"]["frechet_distance"]
+
+
+# ---------------------------------------------------------------------------------------------
+# The page that is kept
+# ---------------------------------------------------------------------------------------------
+
+
+def test_the_kept_page_is_up_to_date():
+    assert PAGE.read_text(encoding="utf-8") == gallery.gallery(RESULTS), (
+        "run `python -m evaluation.gallery results`"
+    )
+
+
+def test_every_link_of_the_kept_page_leads_somewhere():
+    text = PAGE.read_text(encoding="utf-8")
+    headings = [line.lstrip("# ") for line in text.splitlines() if line.startswith("#")]
+    anchors = {gallery._anchor(heading) for heading in headings}
+    found = links(text)
+    assert len(found) > 20
+    for link in found:
+        assert not link.startswith("/") and "://" not in link
+        assert link[1:] in anchors if link.startswith("#") else (RESULTS / link).is_file(), link
+
+
+def test_nothing_that_git_ignores_is_linked():
+    files = [str(RESULTS / link) for link in links(PAGE.read_text()) if not link.startswith("#")]
+    command = ["git", "check-ignore", *files]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert not done.stdout
+
+
+def test_every_run_and_its_pictures_are_on_the_kept_page():
+    found = set(links(PAGE.read_text(encoding="utf-8")))
+    for record in (RESULTS / "runs").rglob("record.json"):
+        assert record.relative_to(RESULTS).as_posix() in found
+    for folder in (RESULTS / "runs").glob("*/seed0"):
+        for picture in folder.rglob("*.png"):
+            assert picture.relative_to(RESULTS).as_posix() in found
+
+
+# ---------------------------------------------------------------------------------------------
+# The generator
+# ---------------------------------------------------------------------------------------------
+
+
+def test_the_first_seed_is_shown_and_the_others_are_links(results):
+    text = gallery.gallery(results)
+    assert "![cvae baseline, seed 0: samples](runs/cvae-baseline/seed0/samples.png)" in text
+    assert "seed1/samples.png" in text and "![cvae baseline, seed 1" not in text
+    assert (
+        "Other seeds: 1 ([samples](runs/cvae-baseline/seed1/samples.png), "
+        "[record](runs/cvae-baseline/seed1/record.json))." in text
+    )
+    assert f"| {value(results, 'cvae-baseline', 0):.1f} (" in text
+    mean = (value(results, "cvae-baseline", 0) + value(results, "cvae-baseline", 1)) / 2
+    assert f"Over 2 trainings: FD (GoogLeNet-1024) {mean:.1f} ± " in text
+
+
+def test_a_reduced_run_without_enough_seeds_shows_no_numbers(results):
+    text = gallery.gallery(results)
+    section = text.partition("## ddpm small")[2]
+    assert "Numbers: not measured (1 of 3 seeds)" in section
+    assert f"{value(results, 'ddpm-small', 0):.1f}" not in text
+    assert "![ddpm small, seed 0: samples](runs/ddpm-small/seed0/samples.png)" in section
+
+
+def test_what_is_missing_is_left_out(results):
+    text = gallery.gallery(results)
+    for words in ("Shipped", "mistakes", "suspicious", "losses", "notebook", "Speed", "comparison"):
+        assert words not in text
+    assert all(link.startswith("#") or (results / link).is_file() for link in links(text))
+    (results / "runs" / "cvae-baseline" / "seed0" / "losses.png").write_bytes(b"a picture")
+    (results / "comparison.png").write_bytes(b"a picture")
+    assert set(links(gallery.gallery(results))) - set(links(text)) == {
+        "runs/cvae-baseline/seed0/losses.png",
+        "comparison.png",
+    }
+
+
+def test_names_are_quoted_in_links(results):
+    (results / "benchmarks").mkdir()
+    (results / "benchmarks" / "cpu (new).md").write_text("fast")
+    text = gallery.gallery(results)
+    assert "](benchmarks/cpu%20%28new%29.md)" in text
+
+
+def test_checkpoints_and_mistakes_are_listed(results):
+    for name in ("checkpoints", "numbers"):
+        shutil.copytree(RESULTS / name, results / name)
+    text = gallery.gallery(results)
+    assert "[card](checkpoints/cvae-best.md)" in text
+    assert "](numbers/jpeg.png)" in text
+    assert "explore" not in text  # there is no such notebook beside this folder
+
+
+def test_the_page_is_written_into_the_folder(results):
+    assert gallery.write_gallery(results) == results / "README.md"
+    assert (results / "README.md").read_text(encoding="utf-8") == gallery.gallery(results)
+
+
+def test_command_line_refuses_a_folder_without_records(tmp_path):
+    command = [sys.executable, "-m", "evaluation.gallery", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "holds no record.json" in done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_a_broken_record_is_named(results, bad_input):
+    broken = results / "checkpoints" / "cvae-best.json"
+    broken.parent.mkdir()
+    broken.write_text('{"cut": ')
+    with bad_input(str(broken), "is no record"):
+        gallery.gallery(results)
