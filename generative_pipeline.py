@@ -56,6 +56,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 CHECKPOINT_FORMAT = 2
 WEIGHTS_FORMAT = 1
 SAVED_SAMPLES = 64
+HELD_OUT = 10  # images: the search for copies compares two halves of them
 SAMPLING_SETTINGS = ("sampler", "sampling_steps", "guidance_scale")
 
 
@@ -116,6 +117,7 @@ class GenerativePipeline:
                 f"{train.name} has images of {list(train.images.shape[2:])} pixels, but the model "
                 f"draws {size}; set image_size"
             )
+        self._check_held_out()
         from_data = {"n_classes": len(train.classes), "image_channels": train.images.shape[1]}
         stored_as_jpeg = train.name.startswith("BloodMNIST") and size == 28
         if hasattr(self.config, "JPEG_ELSEWHERE") and not stored_as_jpeg:
@@ -133,6 +135,20 @@ class GenerativePipeline:
         if self.device.type == "cpu":
             keep_freed_memory()
         self._set_up_model(compile)
+
+    def _check_held_out(self) -> None:
+        """Tell before the training, not after it, that there is too little to measure it by."""
+        sizes = {split: len(part) for split, part in self.sets.items()}
+        if sizes.get("held_out", HELD_OUT) < HELD_OUT:
+            raise InputError(
+                f"{self.sets['train'].name} has {sizes['held_out']} held-out images, but at least "
+                f"{HELD_OUT} are needed to measure by; add images"
+            )
+        if self.config.validation_epochs and sizes.get("val", 3) < 3:
+            raise InputError(
+                f"{self.sets['train'].name} has {sizes['val']} validation images, but a kernel "
+                "distance needs three; add images, or set validation_epochs to 0"
+            )
 
     def _set_up_model(self, compile: bool) -> None:
         seed_everything(derive_seed(self.seed, "initial weights"))

@@ -1,6 +1,9 @@
 """Figures of trainings show the records' own numbers."""
 
+import torch
+
 from evaluation import figures
+from utils import ImageSet
 
 NAMES = {"cvae": "CVAE", "dcgan": "DCGAN"}
 
@@ -75,3 +78,15 @@ def test_sampling_quality_draws_a_line_a_sampler_and_one_for_guidance():
     assert lines == {"ddim": [[3, 9]], "heun": [[5, 4], [9, 3]]}
     assert right.containers[0].lines[0].get_xydata().tolist() == [[1, 4], [2, 6]]
     assert left.lines[-1].get_xydata().tolist() == [[5, 4]]  # the ring
+
+
+def test_a_class_with_few_images_keeps_its_own_row():
+    labels = torch.tensor([1, 0, 1] + [2] * 9)
+    images = (labels * 10).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 28, 28)
+    real = ImageSet("cells", "test", images, labels, ("a", "b", "c"))
+    shown = figures.real_and_generated(real, images, True, "model").axes[1].images[0].get_array()
+    tiles = shown[14 * 4 :: 30 * 4, 14 * 4 :: 30 * 4, 0]  # the middle of each
+    assert tiles.shape == (3, 8)
+    assert tiles[0].tolist() == [0] + [255] * 7
+    assert tiles[1].tolist() == [10, 10] + [255] * 6
+    assert tiles[2].tolist() == [20] * 8

@@ -939,3 +939,18 @@ def test_images_are_stored_as_jpeg_where_the_data_was(name, elsewhere, make):
     assert make(name, preset="best", sets={"train": other}).config.jpeg_quality == elsewhere
     given = make(name, preset="best", sets={"train": other}, jpeg_quality=80)
     assert given.config.jpeg_quality == 80
+
+
+def test_too_few_images_to_measure_by_are_told_before_the_training(make, bad_input):
+    sets = make().sets
+
+    def few(split: str, n: int) -> dict:
+        part = sets[split]
+        some = ImageSet("few", split, part.images[:n], part.labels[:n], part.classes)
+        return {**sets, split: some}
+
+    with bad_input("9 held-out images", "at least 10"):
+        make(sets=few("held_out", 9))
+    with bad_input("2 validation images", "validation_epochs"):
+        make(sets=few("val", 2), validation_epochs=1)
+    make(sets=few("val", 2), validation_epochs=0)
