@@ -142,12 +142,18 @@ def per_class_table(records: list[dict]) -> list[dict]:
 
     records: as for `results_table`. KID, precision and recall are those of the class against the
     real cells of that class, with n_real and n_fake; agreement is a classifier's. Empty
-    where no model is conditional. A number that a run lacks is None.
+    where no model is conditional; runs at a reduced budget that may not be shown are left out. A
+    number that a run lacks is None.
     """
-    groups = defaultdict(list)
+    runs, groups = defaultdict(list), defaultdict(list)
     for record in records:
-        for place, row in enumerate(record["metrics"].get("per_class", [])):
-            groups[record["model"], record["preset"], place].append((record, row))
+        runs[record["model"], record["preset"]].append(record)
+    for (model, preset), group in runs.items():
+        if group[0]["budget"] == "reduced" and _reduced_shortfall(group):
+            continue
+        for record in group:
+            for place, row in enumerate(record["metrics"].get("per_class", [])):
+                groups[model, preset, place].append((record, row))
     rows = []
     for (model, preset, _), group in groups.items():
         kind, first = group[0][1]["class"], group[0][0]["metrics"]

@@ -246,6 +246,8 @@ def test_a_row_for_each_class_of_a_conditional_model(tmp_path):
     assert first["n_agreement"] == 5
     assert (tmp_path / "t.csv").read_text().count("\n") == 3
     assert per_class_table(records[2:]) == []
+    reduced = [r | {"budget": "reduced"} for r in records[:2]]  # two of three seeds
+    assert per_class_table(reduced) == []
 
 
 def test_every_column_has_a_name_of_its_own():
