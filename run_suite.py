@@ -742,6 +742,8 @@ def main(arguments: list[str] | None = None) -> int:
             runner.stop()
         if cause:
             failures[comparison] = cause
+        else:
+            write_gallery(options.out)
         _print_files(_files(options, comparison))
     for task in failures:
         failed = task.target.with_name("failed.ipynb")
@@ -754,11 +756,6 @@ def main(arguments: list[str] | None = None) -> int:
             _print_files(report(options))
         except InputError as error:  # the failed runs are to be named all the same
             causes["table of the study" if options.study else "table of the grid"] = str(error)
-    if measured:
-        try:
-            print(f"all of it as one page: {_short(write_gallery(options.out))}")
-        except InputError as error:
-            causes["page of results"] = str(error)
     return _report_failures(causes)
 
 

@@ -155,10 +155,10 @@ def test_a_zip_with_even_classes_twice(example, tmp_path, capsys):
 
 @pytest.fixture
 def folder(example, tmp_path) -> Path:
-    """Ten basophils and ten lymphocytes."""
+    """Twenty basophils and twenty lymphocytes."""
     for kind in ("basophil", "lymphocyte"):
         (tmp_path / "cells" / kind).mkdir(parents=True)
-        for path in (example[0] / "example" / kind).glob("00?.png"):
+        for path in (example[0] / "example" / kind).glob("0[01]?.png"):
             shutil.copy(path, tmp_path / "cells" / kind)
     return tmp_path / "cells"
 
