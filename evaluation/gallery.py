@@ -19,8 +19,8 @@ PAGE = "README.md"
 COMPARISONS = {
     "comparison.png": "Real cells beside those of the published presets and their stand-ins, the "
     "first that were drawn.",
-    "comparison_best.png": "Real cells beside those of the `best` presets, the first that were "
-    "drawn.",
+    "comparison_best.png": "Real cells beside those of the `best` presets, or of a stand-in where "
+    "it says reduced, the first that were drawn.",
     "distances.png": "Fréchet distance of every training, a dot each; the dashed line is what "
     "held-out real cells get.",
     "cost.png": "Fréchet distance against images seen in training, and against seconds.",
