@@ -49,9 +49,9 @@ def test_every_weight_learns(name):
 
 def test_layers_of_the_cnn():
     assert sequence(build("cnn", 8, 64)) == [
-        *[(3, 32, 3, 3, 1, 1), "relu", "pool 2"],
-        *[(32, 64, 3, 3, 1, 1), "relu", "pool 2"],
-        *[(64, 64, 3, 3, 1, 1), "relu", "pool 2"],
+        *[(3, 32, 3, 3, 1, 1), "pool 2", "relu"],
+        *[(32, 64, 3, 3, 1, 1), "pool 2", "relu"],
+        *[(64, 64, 3, 3, 1, 1), "pool 2", "relu"],
         *[0.25, "flat", (64 * 8 * 8, 128), "relu", 0.5, (128, 8)],
     ]
 
@@ -59,7 +59,7 @@ def test_layers_of_the_cnn():
 def test_layers_of_the_cnn_rnn():
     network = build("cnn_rnn", 8, 64)
     assert sequence(network.cnn) == [
-        *[(3, 32, 3, 3, 1, 1), "relu", "pool 2", (32, 64, 3, 3, 1, 1), "relu", "pool 2"],
+        *[(3, 32, 3, 3, 1, 1), "pool 2", "relu", (32, 64, 3, 3, 1, 1), "pool 2", "relu"],
         *[0.25, "flat", (64 * 16 * 16, 128)],
     ]
     rnn = network.rnn
