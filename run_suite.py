@@ -3,6 +3,7 @@
     python run_suite.py --models cvae dcgan --preset baseline --seeds 5 --data-root DATA
     python run_suite.py --ablations published --data-root DATA
     python run_suite.py --study bccd --data-root DATA
+    python run_suite.py --study generators --data-root DATA
     python run_suite.py --remeasure results --extractor inception --out results/fid
 
 A finished run is skipped, an interrupted one goes on where its last checkpoint stands, a failed
@@ -40,12 +41,14 @@ from custom_models.config import parse_settings
 from evaluation import augmentation, figures
 from evaluation.gallery import write_gallery
 from evaluation.tables import ablation_table, collect, write_ablation_table
+from evaluation.train_on_generated import read_or_measure, train_on_generated, write_report
 from generative_pipeline import GenerativePipeline, run_folder
 from utils import LOADERS, InputError, OneSentenceParser, exit_on_bad_input, pick_device
 
 ROOT = Path(__file__).resolve().parent
 COMPARE = ROOT / "notebooks" / "compare_models.ipynb"
 STUDY = ROOT / "notebooks" / "augmentation_study.ipynb"
+GENERATORS = "generators"  # the study that trains on what finished runs generate
 # Papermill is not safe in threads, and a process of its own can be ended when it hangs. The kernel
 # "python3" is that of the interpreter that runs this file.
 EXECUTE = """
@@ -104,7 +107,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--study",
         help="run the folds of an augmentation study instead of models: "
-        f"{', '.join(augmentation.DEFAULTS)}",
+        f"{', '.join(augmentation.DEFAULTS)}; {GENERATORS} trains nothing but classifiers, on the "
+        "images of every finished conditional run in --out",
     )
     parser.add_argument(
         "--seeds", type=int, help="number of seeds, from 0 on (5; of a grid 3, of a study 1)"
@@ -163,6 +167,8 @@ def check(options: argparse.Namespace) -> None:
     options.settings = parse_settings(options.set)
     if options.study:
         _check_study(options)
+        if options.study == GENERATORS:
+            _check_generators(options)
         return
     options.dataset = options.dataset or "bloodmnist"
     if options.ablations:
@@ -393,6 +399,15 @@ def _check_study(options: argparse.Namespace) -> None:
             raise InputError(f"--set {name}= is not for a study: it is decided by other options")
 
 
+def _check_generators(options: argparse.Namespace) -> None:
+    for name in ("set", "dataset"):
+        if getattr(options, name):
+            raise InputError(
+                f"--{name} does not go with --study {GENERATORS}: it measures the runs in --out by "
+                "fixed rules"
+            )
+
+
 def plan_study(options: argparse.Namespace) -> tuple[list[Task], list[Task]]:
     """The folds that are finished, notebook and all records, and those to do.
 
@@ -469,26 +484,86 @@ def remeasure(options: argparse.Namespace) -> dict[str, str]:
 
 
 def _remeasure_run(record: dict, source: Path, options: argparse.Namespace) -> str:
-    run = record["model"], record["preset"], record["seed"]
-    weights = run_folder(source, *run) / "weights.pt"
-    if not weights.is_file():
-        raise InputError(f"{weights} was not kept; train this run again")
-    preset = dataclasses.asdict(make_config(*run[:2]))
-    settings = _settings(record)
-    pipeline = GenerativePipeline(
-        run[0],
-        preset=run[1],
-        seed=run[2],
-        dataset=record["dataset"]["source"],
-        out=run_folder(options.out, *run),
-        device=options.device,
-        **{name: value for name, value in settings.items() if value != preset[name]},
-    )
-    pipeline.out.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(weights, pipeline.weights_path)
-    pipeline.train()  # loads the weights
+    target = run_folder(options.out, *_run(record))
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(_kept_weights(record, source), target / "weights.pt")
+    pipeline = _trained_pipeline(record, target, options.device)
     pipeline.evaluate()
     return describe(pipeline.record_path)
+
+
+def _run(record: dict) -> tuple[str, str, int]:
+    return record["model"], record["preset"], record["seed"]
+
+
+def _kept_weights(record: dict, source: Path) -> Path:
+    weights = run_folder(source, *_run(record)) / "weights.pt"
+    if not weights.is_file():
+        raise InputError(f"{weights} was not kept; train this run again")
+    return weights
+
+
+def _trained_pipeline(record: dict, folder: Path, device: str) -> GenerativePipeline:
+    """The record's run, with the weights that lie in `folder`."""
+    model, preset, seed = _run(record)
+    own, settings = dataclasses.asdict(make_config(model, preset)), _settings(record)
+    pipeline = GenerativePipeline(
+        model,
+        preset=preset,
+        seed=seed,
+        dataset=record["dataset"]["source"],
+        out=folder,
+        device=device,
+        **{name: value for name, value in settings.items() if value != own[name]},
+    )
+    pipeline.train()  # loads the weights
+    return pipeline
+
+
+def measure_generators(options: argparse.Namespace) -> dict[str, str]:
+    """Train classifiers on what every finished conditional run generates, test them on real cells.
+
+    Writes a record for each run, the table and the figure. Returns the causes of what failed, by
+    the run's name.
+    """
+    records = [
+        record
+        for record in collect(options.out / "runs")
+        if "agreement" in record["metrics"] and record["budget"] != "quick"
+    ]
+    if not records:
+        raise InputError(
+            f"{options.out / 'runs'} holds no record of a conditional model; train one first, such "
+            "as cwgan_gp"
+        )
+    folder = augmentation.study_folder(options.out, GENERATORS)
+    failures, runs = {}, []
+    for record in records:
+        model, preset, seed = _run(record)
+        name = f"{model} {preset} seed {seed}"
+        path = folder / f"{model}-{preset}-seed{seed}.json"
+
+        def measure(record=record) -> dict:
+            weights = _kept_weights(record, options.out)
+            pipeline = _trained_pipeline(record, weights.parent, options.device)
+            labels = pipeline.sets["held_out"].labels
+            images = pipeline.sample(labels)
+            rest = record["seed"], make_classifier, pipeline.device
+            return train_on_generated(images, labels, pipeline.sets, *rest)
+
+        try:
+            found = read_or_measure(path, record["key"], measure)
+        except InputError as error:
+            failures[name] = str(error)
+            continue
+        runs.append((record, found))
+        scores = [found[part]["balanced_accuracy"] for part in ("generated", "real")]
+        print(f"{name}: balanced accuracy {scores[0]:.3f}; of real cells {scores[1]:.3f}")
+    if runs:
+        words = {".md": "table", ".csv": "the same with all digits", ".png": "figure"}
+        paths = write_report(runs, folder)
+        _print_files([(path, words[path.suffix]) for path in paths])
+    return failures
 
 
 # ---------------------------------------------------------------------------------------------
@@ -708,6 +783,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     print("checking parameters, data and extractor …", flush=True)
     check(options)
+    if options.study == GENERATORS:
+        return _report_failures(measure_generators(options))
     if options.study:
         done, to_do = plan_study(options)
     elif options.ablations:

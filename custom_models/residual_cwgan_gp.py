@@ -1,6 +1,6 @@
 """The `best` preset of the cWGAN-GP: the same loss, Gulrajani et al. 2017, "Improved Training of
 Wasserstein GANs" (equation numbers are those of the paper), with its residual networks
-(appendix C), class-conditional batch norm in the generator (Dumoulin et al. 2017, "A Learned
+(appendix F), class-conditional batch norm in the generator (Dumoulin et al. 2017, "A Learned
 Representation for Artistic Style") and a projection critic (Miyato and Koyama 2018, "cGANs with
 Projection Discriminator"). `cwgan_gp.Model` trains them.
 """
@@ -92,7 +92,7 @@ class ConditionalBatchNorm(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Doubles the side (appendix C): x enlarged and projected, plus two convolutions."""
+    """Doubles the side (appendix F): x enlarged and projected, plus two convolutions."""
 
     def __init__(self, inputs: int, outputs: int, n_classes: int):
         super().__init__()

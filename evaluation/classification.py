@@ -95,7 +95,7 @@ def fit(
     images; passes over the images follow each other without a gap. augmentation: one of
     AUGMENTATIONS, drawn anew for every image that is seen. class_weights: errors weigh by the
     inverse of their class's number of images. oversample: images are drawn with replacement, each
-    class equally often. mixup: the alpha of Zhang et al. 2018, equation 1; 0 mixes nothing. seed:
+    class equally often. mixup: the alpha of Zhang et al. 2018, section 2; 0 mixes nothing. seed:
     of the order of the images, the augmentation and the dropout; on a CPU it decides the result bit
     for bit. validation: images and labels by whose balanced accuracy the weights are chosen, the
     later ones where two steps are equal; else the last weights are kept.

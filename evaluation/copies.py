@@ -264,7 +264,7 @@ def authpct(features: torch.Tensor, train: torch.Tensor) -> float:
     """Share of images that are authentic, in %: 0 for copies, 100 far away from the data.
 
     features: [N, D], train: [M, D], M ≥ 2. An image is authentic if its nearest training cell has
-    another training cell that is nearer to it still (Alaa et al. 2022, sec. 3).
+    another training cell that is nearer to it still (Alaa et al. 2022, sec. 4).
 
     It is no test: held-out cells don't get 100 (79 on GoogLeNet-1024 features of BloodMNIST
     (rebuilt)), blurred images that lie in the middle of the data get less than they, and images

@@ -625,6 +625,33 @@ def augmentation_differences(rows: list[dict]) -> Figure:
     return figure
 
 
+def recalls(rows: list[dict]) -> Figure:
+    """Recall of each class on real cells, a colour for what the classifier was trained on.
+
+    rows: of `train_on_generated.compare`, real cells first (a black line). Bars: ± sd over seeds.
+    """
+    names = [name for name in rows[0] if name.startswith("recall ") and name.endswith("_mean")]
+    kinds = [name.removeprefix("recall ").removesuffix("_mean") for name in names]
+    places = np.arange(len(kinds))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(0.8 * len(kinds) + 1.5, 3.4), layout="constrained")
+        axis = figure.subplots()
+        for number, row in enumerate(rows):
+            means = [row[name] for name in names]
+            if number == 0:
+                axis.hlines(means, places - 0.35, places + 0.35, "black", label=row["model"])
+                continue
+            offset = 0.5 * (number / len(rows) - 0.5)
+            sds = [row[f"recall {kind}_sd"] or 0 for kind in kinds]
+            label, colour = f"{row['model']} {row['preset']}", COLOURS[(number - 1) % len(COLOURS)]
+            axis.errorbar(places + offset, means, sds, fmt="o", color=colour, label=label)
+        axis.set_xticks(places, kinds, rotation=35, ha="right", rotation_mode="anchor")
+        axis.set_ylim(0, 1.03)
+        axis.set_ylabel("recall on real test cells")
+        figure.legend(title="trained on", loc="outside right upper", fontsize=8)
+    return figure
+
+
 def augmentation_amounts(rows: list[dict], classifier: str, kinds: list[str]) -> Figure:
     """Scores of one classifier against the generated images added to each class, ± sd as a band.
 

@@ -15,7 +15,7 @@ def kernel_distance(real: torch.Tensor, fake: torch.Tensor) -> tuple[float, floa
     1969); where the two distributions agree, it is too large by up to √2. Raises InputError for
     fewer than three images, other dimensions, NaN or infinite values.
 
-    Bińkowski et al. 2018, sec. 3.
+    Bińkowski et al. 2018, sec. 4.
     """
     real, fake = torch.as_tensor(real).double(), torch.as_tensor(fake).double()
     if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1]:

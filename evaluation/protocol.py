@@ -122,7 +122,7 @@ def measure(real: torch.Tensor, fake: torch.Tensor) -> tuple[dict, list[str]]:
 
     frechet_distance (Heusel et al. 2017, eq. 6) with frechet_interval (95 %, within this run);
     frechet_infinity (Chong and Forsyth 2020); kid and kid_standard_error (Bińkowski et al. 2018,
-    sec. 3); precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al.
+    sec. 4); precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al.
     2020), all four with k = 5.
     """
     n, dim = min(len(real), len(fake)), real.shape[1]

@@ -149,7 +149,7 @@ def per_class_table(records: list[dict]) -> list[dict]:
     for record in records:
         runs[record["model"], record["preset"]].append(record)
     for (model, preset), group in runs.items():
-        if group[0]["budget"] == "reduced" and _reduced_shortfall(group):
+        if group[0]["budget"] == "reduced" and reduced_shortfall(group):
             continue
         for record in group:
             for place, row in enumerate(record["metrics"].get("per_class", [])):
@@ -418,7 +418,7 @@ def _row(model: str, preset: str, dataset: str, group: list[dict]) -> dict:
     protocol = Protocol(**metrics[0]["protocol"])
     note, shown = protocol.frechet_warning, metrics
     if group[0]["budget"] == "reduced":
-        reason = _reduced_shortfall(group)
+        reason = reduced_shortfall(group)
         if reason:
             shown, note = [], f"not measured ({reason})"
     return _columns(model, preset, dataset, metrics[0]) | {
@@ -432,7 +432,7 @@ def _row(model: str, preset: str, dataset: str, group: list[dict]) -> dict:
     }
 
 
-def _reduced_shortfall(group: list[dict]) -> str:
+def reduced_shortfall(group: list[dict]) -> str:
     """Why runs at a reduced budget may not be shown; empty where they may."""
     metrics = [record["metrics"] for record in group]
     if len(metrics) < REDUCED_SEEDS:

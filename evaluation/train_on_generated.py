@@ -1,0 +1,194 @@
+"""Train on generated cells, test on real ones: how much of the classes is in the images?
+
+GAN-train of Shmelkov et al. 2018, sec. 3; the classification accuracy score of Ravuri and Vinyals
+2019. The reverse, how often a classifier of real cells names the class that was asked for, is
+`evaluation.agreement`; both stand in one table, made from records alone.
+"""
+
+import csv
+import json
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from evaluation import classification, figures
+from evaluation.augmentation import BATCH_SIZE, LR, SCORES, TITLES
+from evaluation.tables import reduced_shortfall
+from utils import ImageSet, InputError, seed_everything, write_atomically
+
+CLASSIFIER, UPDATES = "cnn", 3000
+REAL = "real cells"
+
+
+def train_on_generated(
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    sets: dict[str, ImageSet],
+    seed: int,
+    make_classifier: Callable[[str, int, int, int], torch.nn.Module],
+    device: torch.device,
+) -> dict:
+    """Scores on the real test split of a classifier of generated images, and of one of real cells.
+
+    images: generated, uint8 [N, C, S, S]; labels: int64 [N], the classes that were asked for; sets:
+    the splits train and test. The real cells are as many of each class, drawn from the train split;
+    the test split is seen by neither. make_classifier: (name, classes, image size, channels) →
+    module. Returns plain types: classifier, updates, n, n_test, and `classification.scores` under
+    `generated` and `real`. Raises InputError for a class that the train split has too few cells of.
+    """
+    train, test = sets["train"], sets["test"]
+    rows = same_labels(labels, train)
+    result = {"classifier": CLASSIFIER, "updates": UPDATES, "n": len(labels), "n_test": len(test)}
+    for name, part in {
+        "generated": (images, labels),
+        "real": (train.images[rows], train.labels[rows]),
+    }.items():
+        seed_everything(seed)  # both begin with the same weights
+        channels, size = test.images.shape[1:3]
+        classifier = make_classifier(CLASSIFIER, len(test.classes), size, channels).to(device)
+        classification.fit(
+            classifier, *part, updates=UPDATES, batch_size=BATCH_SIZE, lr=LR, seed=seed
+        )
+        probabilities = classification.predict(classifier, test.images)
+        result[name] = classification.scores(probabilities, test.labels, test.classes)
+    return result
+
+
+def same_labels(labels: torch.Tensor, train: ImageSet) -> torch.Tensor:
+    """Rows of `train`, drawn with seed 0, as many cells of each class as `labels` has."""
+    generator, rows = torch.Generator().manual_seed(0), []
+    for label, kind in enumerate(train.classes):
+        found = torch.nonzero(train.labels.cpu() == label).flatten()
+        wanted = int((labels == label).sum())
+        if len(found) < wanted:
+            raise InputError(
+                f"{train.name} has {len(found)} {train.split} cells of class {kind}, but {wanted} "
+                "were generated; compare no more images of a class than there are real ones"
+            )
+        rows.append(found[torch.randperm(len(found), generator=generator)][:wanted])
+    return torch.cat(rows)
+
+
+# ---------------------------------------------------------------------------------------------
+# Tables: from records alone
+# ---------------------------------------------------------------------------------------------
+
+
+def compare(runs: list[tuple[dict, dict]]) -> list[dict]:
+    """One row for real cells and one for each model and preset: mean and sd (ddof = 1) over seeds.
+
+    runs: of each training its record and what `train_on_generated` returned. A row holds scores on
+    the test split, recall of each class, and `agreement`, the reverse. Runs at a reduced budget
+    that may not be shown are left out. Raises InputError where none is left, and for runs that were
+    not measured alike.
+    """
+    groups = defaultdict(list)
+    for record, found in runs:
+        groups[record["model"], record["preset"]].append((record, found))
+    groups = {
+        key: group
+        for key, group in groups.items()
+        if group[0][0]["budget"] == "full"
+        or (group[0][0]["budget"] == "reduced" and not reduced_shortfall([r for r, _ in group]))
+    }
+    shown = [run for group in groups.values() for run in group]
+    if not shown:
+        raise InputError("no conditional run may be shown; train one at its full length first")
+    rules = {(f["classifier"], f["updates"], f["n"], f["n_test"]) for _, f in shown}
+    data = {record["dataset"]["sha256"] for record, _ in shown}
+    if len(rules) > 1 or len(data) > 1:
+        raise InputError(
+            "these runs were not measured alike (classifier, updates, images or data set); "
+            "measure them again, or make one table of each"
+        )
+    one_of_each = {record["seed"]: found["real"] for record, found in shown}
+    rows = [_row(REAL, "", list(one_of_each.values()), [])]
+    for (model, preset), group in groups.items():
+        reverse = [record["metrics"]["agreement"]["agreement"] for record, _ in group]
+        rows.append(_row(model, preset, [found["generated"] for _, found in group], reverse))
+    first = shown[0][1]
+    rules = {name: first[name] for name in ("classifier", "updates", "n", "n_test")}
+    rows = [row | rules | {"dataset": shown[0][0]["dataset"]["name"]} for row in rows]
+    return [rows[0], *sorted(rows[1:], key=lambda row: -row["balanced_accuracy_mean"])]
+
+
+def _row(model: str, preset: str, scores: list[dict], reverse: list[float]) -> dict:
+    columns = {name: [s[name] for s in scores] for name in SCORES} | {"agreement": reverse}
+    for kind in scores[0]["per_class"]:
+        columns[f"recall {kind}"] = [s["per_class"][kind]["recall"] for s in scores]
+    row = {"model": model, "preset": preset, "seeds": len(scores)}
+    for name, values in columns.items():
+        whole = values and None not in values
+        row[f"{name}_mean"] = float(np.mean(values)) if whole else None
+        row[f"{name}_sd"] = float(np.std(values, ddof=1)) if whole and len(values) > 1 else None
+    return row
+
+
+def write_report(runs: list[tuple[dict, dict]], stem: str | Path) -> list[Path]:
+    """The rows of `compare` as `stem`.md, .csv and .png; returns the paths."""
+    rows = compare(runs)
+
+    def write_csv(path: Path) -> None:
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_atomically(f"{stem}.csv", write_csv)
+    text = markdown(rows)
+    write_atomically(f"{stem}.md", lambda path: path.write_text(text, encoding="utf-8"))
+    figures.save(figures.recalls(rows), f"{stem}.png")
+    return [Path(f"{stem}{ending}") for ending in (".md", ".csv", ".png")]
+
+
+def markdown(rows: list[dict]) -> str:
+    first = rows[0]
+    titles = ["Trained on", "Trainings", *TITLES, "The reverse"]
+    lines = [f"| {' | '.join(titles)} |", "|---|" + "---:|" * (len(titles) - 1)]
+    for row in rows:
+        cells = [_name(row), str(row["seeds"])]
+        cells += [_cell(row, name) for name in (*SCORES, "agreement")]
+        lines.append(f"| {' | '.join(cells)} |")
+    kinds = [n.removeprefix("recall ").removesuffix("_mean") for n in first if "recall" in n]
+    kinds = list(dict.fromkeys(kind.removesuffix("_sd") for kind in kinds))
+    recalls = [f"| Trained on | {' | '.join(kinds)} |", "|---|" + "---:|" * len(kinds)]
+    for row in rows:
+        cells = [_cell(row, f"recall {kind}") for kind in kinds]
+        recalls.append(f"| {_name(row)} | {' | '.join(cells)} |")
+    words = (
+        f"{first['dataset']}: the classifier ({first['classifier']}, {first['updates']:,} updates "
+        f"of {BATCH_SIZE} images, no augmentation) learns from {first['n']:,} "
+        "images with the held-out cells' labels, or from as many real train cells of each class, "
+        f"and is tested on the {first['n_test']:,} real cells of the test split, which neither it "
+        "nor a generator has seen. The reverse: how often a classifier of real train cells names "
+        "the class that was asked for. Mean ± sd over trainings of the generator."
+    )
+    return "\n".join([*lines, "", words, "", "Recall of each class:", "", *recalls]) + "\n"
+
+
+def _name(row: dict) -> str:
+    return f"{row['model']} {row['preset']}".strip()
+
+
+def _cell(row: dict, name: str) -> str:
+    mean, sd = row[f"{name}_mean"], row[f"{name}_sd"]
+    if mean is None:
+        return "–"
+    return f"{mean:.3f}" if sd is None else f"{mean:.3f} ± {sd:.3f}"
+
+
+def read_or_measure(path: Path, key: str, measure: Callable[[], dict]) -> dict:
+    """What `measure` returned for the run with this key, kept at `path` and measured once."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none is there, or half a one
+        stored = {}
+    if stored.get("key") == key and stored.get("updates") == UPDATES:
+        return stored
+    result = {"key": key, **measure()}
+    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    return result

@@ -1,0 +1,154 @@
+"""Classifiers of generated cells on real ones: known answers, the table's rules, the command."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+import run_suite
+from custom_models.classifiers import make_classifier
+from evaluation import train_on_generated as module
+from evaluation.train_on_generated import compare, read_or_measure, same_labels, train_on_generated
+from generative_pipeline import GenerativePipeline, run_folder
+from utils import ImageSet, load_dataset
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def sets(data_root) -> dict[str, ImageSet]:
+    splits = ("train", "val", "test", "held_out")
+    return {split: load_dataset("bloodmnist", data_root, 28, split) for split in splits}
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(module, "UPDATES", 40)
+
+
+def test_real_cells_in_the_generated_ones_place_give_the_same(sets):
+    train = sets["train"]
+    rows = same_labels(sets["held_out"].labels, train)
+    found = train_on_generated(
+        train.images[rows], train.labels[rows], sets, 0, make_classifier, CPU
+    )
+    assert found["generated"] == found["real"]
+    assert (found["n"], found["n_test"]) == (len(sets["held_out"]), len(sets["test"]))
+    assert found["real"]["balanced_accuracy"] > 0.5  # discs of eight sizes are easily told apart
+
+
+def test_labels_that_say_nothing_teach_nothing(sets):
+    train = sets["train"]
+    rows = same_labels(sets["held_out"].labels, train)
+    wrong = (train.labels[rows] + 4) % 8  # as many of each class, none of them right
+    found = train_on_generated(train.images[rows], wrong, sets, 0, make_classifier, CPU)
+    assert found["generated"]["accuracy"] < 0.3 < found["real"]["accuracy"]
+
+
+def test_as_many_real_cells_of_each_class(sets, bad_input):
+    train, labels = sets["train"], torch.tensor([3, 3, 0, 7, 3])
+    rows = same_labels(labels, train)
+    assert train.labels[rows].tolist() == [0, 3, 3, 3, 7]
+    assert len(set(rows.tolist())) == 5
+    with bad_input("has 20 train cells of class basophil, but 21 were generated"):
+        same_labels(torch.zeros(21, dtype=torch.int64), train)
+
+
+def scores(value: float) -> dict:
+    names = ("accuracy", "balanced_accuracy", "macro_f1", "auc")
+    classes = {kind: {"n": 2, "recall": value} for kind in ("a", "b")}
+    return dict.fromkeys(names, value) | {"per_class": classes}
+
+
+def made_run(model: str, seed: int, value: float, budget: str = "full") -> tuple[dict, dict]:
+    record = {
+        "model": model,
+        "preset": "best",
+        "seed": seed,
+        "budget": budget,
+        "dataset": {"name": "cells", "sha256": "0"},
+        "metrics": {"agreement": {"agreement": value / 2}, "frechet_distance": 1.0},
+    }
+    found = {"classifier": "cnn", "updates": 40, "n": 10, "n_test": 4}
+    return record, found | {"generated": scores(value), "real": scores(0.9 + seed / 100)}
+
+
+def test_the_table_is_made_from_records(tmp_path):
+    runs = [made_run("cvae", 0, 0.2), made_run("cvae", 1, 0.4), made_run("cwgan_gp", 0, 0.8)]
+    runs.append(made_run("ddpm", 0, 0.99, "reduced"))  # one seed of three
+    rows = compare(runs)
+    assert [row["model"] for row in rows] == ["real cells", "cwgan_gp", "cvae"]
+    real, best, other = rows
+    assert (real["seeds"], real["accuracy_mean"]) == (2, pytest.approx(0.905))
+    assert real["agreement_mean"] is None
+    assert (best["auc_mean"], best["auc_sd"]) == (0.8, None)
+    assert other["recall a_mean"] == pytest.approx(0.3)
+    assert other["recall a_sd"] == pytest.approx(0.2 / 2**0.5)
+    assert other["agreement_mean"] == pytest.approx(0.15)
+    paths = module.write_report(runs, tmp_path / "generators")
+    assert all(path.stat().st_size for path in paths)
+    text = paths[0].read_text()
+    assert "| cvae best | 2 | 0.300 ± 0.141 |" in text and "ddpm" not in text
+    assert "10 images" in text and "4 real cells" in text
+
+
+def test_what_was_measured_otherwise_is_refused(bad_input):
+    first, other = made_run("cvae", 0, 0.2), copy.deepcopy(made_run("cwgan_gp", 0, 0.2))
+    other[1]["updates"] = 41
+    with bad_input("not measured alike"):
+        compare([first, other])
+    with bad_input("no conditional run may be shown"):
+        compare([made_run("ddpm", 0, 0.9, "reduced"), made_run("cvae", 0, 0.9, "quick")])
+
+
+def test_a_run_is_measured_once(tmp_path):
+    path, calls = tmp_path / "run.json", []
+
+    def measure() -> dict:
+        calls.append(1)
+        return {"updates": 40, "calls": len(calls)}
+
+    first = read_or_measure(path, "a", measure)
+    assert read_or_measure(path, "a", measure) == first == json.loads(path.read_text())
+    assert read_or_measure(path, "b", measure)["calls"] == 2  # another run
+    path.write_text(path.read_text()[:9])
+    assert read_or_measure(path, "b", measure)["calls"] == 3
+
+
+def test_the_command(data_root, tiny_extractor, tmp_path, monkeypatch, capsys, bad_input):
+    monkeypatch.setenv("DATA_ROOT", str(data_root))
+    command = ["--study", "generators", "--device", "cpu", "--out", str(tmp_path)]
+    with bad_input("holds no record of a conditional model"):
+        run_suite.main(command)
+    with bad_input("--set does not go with"):
+        run_suite.main([*command, "--set", "updates=3"])
+    with bad_input("--dataset does not go with"):
+        run_suite.main([*command, "--dataset", "demo"])
+    folder = run_folder(tmp_path, "cwgan_gp", "baseline", 0)
+    pipeline = GenerativePipeline(
+        "cwgan_gp",
+        dataset="bloodmnist",
+        out=folder,
+        device="cpu",
+        extractor=str(tiny_extractor),
+        epochs=1,
+        batch_size=32,
+        base_channels=4,
+    )
+    pipeline.train()
+    record = json.dumps(pipeline.evaluate() | {"budget": "full"})
+    pipeline.record_path.write_text(record)
+    assert run_suite.main(command) == 0
+    found = json.loads(
+        (tmp_path / "augmentation" / "generators" / "cwgan_gp-baseline-seed0.json").read_text()
+    )
+    assert found["key"] == json.loads(record)["key"] and found["n"] == 64
+    assert "cwgan_gp baseline" in (tmp_path / "augmentation" / "generators.md").read_text()
+    said = capsys.readouterr().out
+    assert "cwgan_gp baseline seed 0: balanced accuracy" in said and "generators.png" in said
+    (folder / "weights.pt").unlink()
+    assert run_suite.main(command) == 0  # read, not measured again
+    (tmp_path / "augmentation" / "generators" / "cwgan_gp-baseline-seed0.json").unlink()
+    assert run_suite.main(command) == 1
+    assert "was not kept; train this run again" in capsys.readouterr().err
