@@ -78,8 +78,9 @@ paper: $(INSTALLED)
 benchmark: $(INSTALLED)
 	PYTHONPATH=. $(RUN) tests/benchmark.py
 
+# One process for each core, four at most: each loads torch.
 test: $(INSTALLED)
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 clean:
 	rm -rf results/demo .cache .pytest_cache .ruff_cache .hypothesis

@@ -249,13 +249,8 @@ def grid(model: nn.Module, about: dict, seed: int) -> Figure:
     classes = about["classes"]
     images = sample(model, class_balanced_labels(len(classes), figures.PER_CLASS), seed)
     title = f"{about['model']} {about['preset']}, seed {seed}"
-    figure = figures.comparison({title: images}, len(classes), figures.PER_CLASS)
-    if model.conditional:
-        (axis,) = figure.axes
-        height = len(axis.images[0].get_array()) / len(classes)
-        for row, name in enumerate(classes):
-            axis.text(-12, (row + 0.5) * height, name, ha="right", va="center", fontsize=7)
-    return figure
+    names = classes if model.conditional else ()
+    return figures.comparison({title: images}, len(classes), figures.PER_CLASS, names)
 
 
 def draw(path: str | Path, out: str | Path, seed: int = SEED) -> None:

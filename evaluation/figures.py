@@ -1,5 +1,6 @@
 """Figures in one style: functions of arrays that return a matplotlib figure."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -81,16 +82,22 @@ def neighbours(images: torch.Tensor, nearest: torch.Tensor) -> Figure:
 
 
 def _side_by_side(
-    parts: list[torch.Tensor], titles: list[str], row_names: list[str], columns=None
+    parts: list[torch.Tensor],
+    titles: list[str],
+    row_names: Sequence[str],
+    columns: list[int] | None = None,
+    title_size: int = 8,
 ) -> Figure:
     columns = columns or [PER_CLASS] * len(parts)
     rows = -(-len(parts[0]) // columns[0])
+    lines = 1 + max(title.count("\n") for title in titles)
+    above = 0.15 + 1.3 * lines * title_size / 72  # inches
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(0.45 * sum(columns) + 1.2, 0.45 * rows + 0.5))
+        figure = Figure(figsize=(0.45 * sum(columns) + 1.2, 0.45 * rows + above))
         axes = figure.subplots(1, len(parts), width_ratios=columns, squeeze=False)[0]
         for axis, images, title, width in zip(axes, parts, titles, columns, strict=True):
             axis.imshow(make_grid(images, columns=width, zoom=4), interpolation="nearest")
-            axis.set_title(title, fontsize=8)
+            axis.set_title(title, fontsize=title_size)
             axis.axis("off")
         pixels = make_grid(parts[0][:1], columns=1, zoom=4).shape[0] - 4
         for row, name in enumerate(row_names):
@@ -103,7 +110,9 @@ def _side_by_side(
                 fontsize=7,
                 linespacing=0.9,
             )
-        figure.subplots_adjust(wspace=0.06, left=0.08, right=0.99, top=0.93, bottom=0.01)
+        top = 1 - above / figure.get_figheight()
+        left = 0.08 if row_names else 0.01
+        figure.subplots_adjust(wspace=0.06, left=left, right=0.99, top=top, bottom=0.01)
     return figure
 
 
@@ -160,14 +169,21 @@ def _kind(name: str) -> int:
     return 0 if "loss" in name or name == "reconstruction" else 1 if name.startswith("D(") else 2
 
 
-def comparison(parts: dict[str, torch.Tensor], rows: int = 6, columns: int = 6) -> Figure:
+def comparison(
+    parts: dict[str, torch.Tensor],
+    rows: int = 7,
+    columns: int = 4,
+    row_names: Sequence[str] = (),
+) -> Figure:
     """One block of images for each name, side by side. parts: uint8 [N, C, S, S] each."""
     blocks = list(parts.values())
     return _side_by_side(
         [images[: rows * columns] for images in blocks],
         list(parts),
-        [],
+        row_names,
         columns=[columns] * len(blocks),
+        # Many blocks become small on a page.
+        title_size=11,
     )
 
 

@@ -44,6 +44,19 @@ PICTURES = {
     "steps, and under guidance; the ring is what the preset uses.",
     "per_class.png": "Real cells beside generated ones, with each class's own distances.",
 }
+STUDIES = {
+    "bccd": "Few cells: BCCD, five folds",
+    "imbalance": "Rare classes: a long tail of BloodMNIST, five subsamples",
+    "generators": "Trained on generated cells, tested on real ones",
+}
+STUDIES_TITLE = "Do generated cells help a classifier?"
+# By what stands in the file's name between that of the study and that of the classifier.
+STUDY_PICTURES = {
+    "": "Differences, with their intervals; recalls of a classifier of generated cells.",
+    "-amounts": "Scores against the number of generated images added to each class.",
+    "-confusion": "Confusion matrices, summed over folds: a row is a true class.",
+    "-learning": "Loss and accuracy on the images that each arm trains on.",
+}
 
 
 def gallery(results: str | Path) -> str:
@@ -65,6 +78,7 @@ def gallery(results: str | Path) -> str:
         *_pictures(results, results, COMPARISONS),
         *(part for row, folders in runs for part in _run(results, row, folders)),
         *_checkpoints(results),
+        *_studies(results),
         *_mistakes(results),
         *_others(results),
     ]
@@ -113,6 +127,7 @@ def _title(row: dict) -> str:
 def _contents(results: Path, runs: list) -> str:
     titles = ["All models", *(_title(row) for row, _ in runs)]
     titles += ["Shipped checkpoints"] * any((results / "checkpoints").glob("*.json"))
+    titles += [STUDIES_TITLE] * any((results / "augmentation").glob("*.md"))
     titles += ["What mistakes do to numbers"] * any((results / "numbers").glob("*.json"))
     return "\n".join(f"- [{title}](#{_anchor(title)})" for title in titles)
 
@@ -212,6 +227,25 @@ def _checkpoints(results: Path) -> list[str]:
     return ["## Shipped checkpoints", head + "\n".join(lines), words]
 
 
+def _studies(results: Path) -> list[str]:
+    """The tables of evaluation/augmentation.py and train_on_generated.py, and their figures."""
+    folder, parts = results / "augmentation", []
+    for name, title in STUDIES.items():
+        if not (folder / f"{name}.md").is_file():
+            continue
+        files = {
+            f"{name}.md": "all tables",
+            f"{name}.csv": "with all digits",
+            f"{name}/fold0-seed0/notebook.ipynb": "the first fold, explained and executed",
+        }
+        parts += [f"### {title}", _links(results, folder, files)]
+        for ending, caption in STUDY_PICTURES.items():
+            paths = sorted(folder.glob(f"{name}{ending}*.png" if ending else f"{name}.png"))
+            parts += [caption] * bool(paths)
+            parts += [f"![{path.stem}]({_relative(path, results)})" for path in paths]
+    return [f"## {STUDIES_TITLE}", *parts] if parts else []
+
+
 def _mistakes(results: Path) -> list[str]:
     """The records of evaluation/mistakes.py and their figures."""
     folder, parts = results / "numbers", []
@@ -229,12 +263,11 @@ def _mistakes(results: Path) -> list[str]:
 
 
 def _others(results: Path) -> list[str]:
-    """Pages of other data sets; tables of ablations, of augmentation studies and of speed."""
+    """Pages of other data sets; tables of ablations and of speed."""
     parts = []
     for title, pattern in {
         "Other data sets": "*[0-9]/README.md",  # such as mnist28
         "Ablations": "ablations/*/table.md",
-        "Augmentation studies": "augmentation/*.md",
         "Speed": "benchmarks/*.md",
     }.items():
         paths = sorted(results.glob(pattern))

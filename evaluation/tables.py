@@ -487,6 +487,7 @@ def _columns(model: str, preset: str, dataset: str, metrics: dict) -> dict:
         "reference_split": protocol.reference_split,
         "n_real": protocol.n_real,
         "n_fake": protocol.n_fake,
+        "n_domain": _at(metrics, ("domain", "protocol", "n_fake")),
         "label_distribution": protocol.label_distribution,
         "extractor": protocol.extractor,
         "extractor_sha256": protocol.extractor_sha256,
@@ -543,13 +544,14 @@ def _markdown(rows: list[dict]) -> str:
     trust = [c for c in TRUST if any(row[f"{c.name}_mean"] is not None for row in rows)]
     if trust:
         parts += ["Other eyes, classes and copies:", _one_table(rows, trust, verdict=True)]
-        parts.append(" ".join(TRUST_WORDS[c.name] for c in trust if c.name in TRUST_WORDS))
+        words = " ".join(TRUST_WORDS[c.name] for c in trust if c.name in TRUST_WORDS)
+        parts.append(words.format(n_domain=max(row["n_domain"] or 0 for row in rows)))
     return "\n\n".join(parts + _notes(rows)) + "\n"
 
 
 TRUST_WORDS = {
-    "domain_frechet": "FD (domain): on features of our own cell classifier, 1,712 images with "
-    "validation frequencies against the test split.",
+    "domain_frechet": "FD (domain): on features of our own cell classifier, {n_domain:,} images "
+    "with validation frequencies against the test split.",
     "agreement": "Class agreement: how often a classifier of real train cells names the class that "
     "was asked for.",
     "train_share": "Nearer to train: share of images nearer to a training cell than to a held-out "

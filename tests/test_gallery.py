@@ -134,6 +134,25 @@ def test_checkpoints_and_mistakes_are_listed(results):
     assert "explore" not in text  # there is no such notebook beside this folder
 
 
+def test_studies_are_shown_with_their_figures(results):
+    folder = results / "augmentation"
+    (folder / "bccd" / "fold0-seed0").mkdir(parents=True)
+    names = ("bccd.md", "bccd.csv", "bccd.png", "bccd-confusion-cnn.png", "imbalance.png")
+    for name in (*names, "bccd/fold0-seed0/notebook.ipynb", "generators.md"):
+        (folder / name).write_text("made by a study")
+    text = gallery.gallery(results)
+    assert (
+        "- [Do generated cells help a classifier?](#do-generated-cells-help-a-classifier)" in text
+    )
+    section = text.partition("## Do generated")[2]
+    assert set(links(section)) == {
+        *(f"augmentation/{name}" for name in names[:4]),
+        "augmentation/bccd/fold0-seed0/notebook.ipynb",
+        "augmentation/generators.md",
+    }
+    assert "![bccd-confusion-cnn](augmentation/bccd-confusion-cnn.png)" in section
+
+
 def test_the_page_is_written_into_the_folder(results):
     assert gallery.write_gallery(results) == results / "README.md"
     assert (results / "README.md").read_text(encoding="utf-8") == gallery.gallery(results)
