@@ -576,12 +576,16 @@ TITLES = ("Accuracy", "Balanced accuracy", "Macro F1", "AUC")
 
 
 def collect(folder: str | Path) -> list[dict]:
-    """All records of one study's folder. Raises InputError for one that is broken or foreign."""
+    """All records of one study's folder, those of each fold in the order of the arms.
+
+    Raises InputError for one that is broken or foreign.
+    """
     records = [_read_record(path) for path in sorted(Path(folder).glob("*/fold*-seed*/*.json"))]
     if not records:
         raise InputError(f"{folder} holds no record of a study; run one of its folds first")
     _check_same_rules(records)
-    return records
+    known = [arm.name for arm in arms(Study(**records[0]["identity"]["study"]))]
+    return sorted(records, key=lambda record: known.index(record["identity"]["arm"]["name"]))
 
 
 def _read_record(path: Path) -> dict:
@@ -768,7 +772,7 @@ def markdown(records: list[dict], rows: list[dict]) -> str:
         lines.append("|---|---:|---:|---:|---|")
         lines += [
             f"| {row['classifier']} | {row['folds']} × {row['seeds']} | {_difference_cell(row)} | "
-            f"{_number(row['p_holm'])} | {row['verdict']} |"
+            f"{_p(row['p_holm'])} | {row['verdict']} |"
             for row in primary
         ]
         parts.append("\n".join(lines))
@@ -803,7 +807,7 @@ def _arm_table(rows: list[dict], compared: bool = True) -> str:
             f"{_number(row[f'{name}_mean'])} ± {_number(row[f'{name}_sd'])}" for name in SCORES
         ]
         if compared:
-            cells += [_difference_cell(row), _number(row["p_holm"]), row["verdict"] or "–"]
+            cells += [_difference_cell(row), _p(row["p_holm"]), row["verdict"] or "–"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -866,3 +870,7 @@ def _difference_cell(row: dict) -> str:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
+
+
+def _p(value: float | None) -> str:
+    return "< 0.001" if value is not None and value < 0.001 else _number(value)

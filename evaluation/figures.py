@@ -715,7 +715,7 @@ def augmentation_confusion(records: list[dict], classifier: str) -> Figure:
             matrix = np.array(record["scores"]["confusion"])
             arms.setdefault(record["identity"]["arm"]["name"], []).append(matrix)
     kinds = list(records[0]["n"])
-    columns = min(4, len(arms))
+    columns = min(len(arms), 4 if len(arms) <= 8 else 5)
     lines = -(-len(arms) // columns)
     side = 0.3 * len(kinds) + 1.1
     with matplotlib.rc_context(STYLE):

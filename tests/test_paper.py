@@ -177,6 +177,29 @@ def test_ablations_appear_with_their_rows(copy):
     )
 
 
+def test_studies_of_classifiers_are_told_as_they_came_out(copy):
+    folder = copy / "results/augmentation"
+    path = folder / "imbalance.csv"
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert "We have not measured whether" not in words(copy)
+    (primary,) = (row for row in rows if row["comparison"] == "primary")
+    primary |= {"difference": "0.0123", "low": "-0.01", "high": "0.03", "p_holm": "0.2"}
+    primary["verdict"] = "within the noise"
+    for row in rows:
+        if row["comparison"] == "secondary":
+            row["verdict"] = "worse" if row["arm"] == "real+GAN 500" else "within the noise"
+    write_rows(path, rows)
+    text = words(copy)
+    assert "by +0.012 [−0.010, +0.030] (primary comparison; 𝑝: 0.200): within the noise." in text
+    assert "better beyond the noise with none, worse with GAN 500, and within" in text
+    shutil.rmtree(folder / "imbalance")
+    with pytest.raises(InputError, match="imbalance/ lacks the records of its table"):
+        build.compile_paper(copy)
+    shutil.rmtree(folder)
+    assert "We have not measured whether they help a classifier" in words(copy)
+
+
 @pytest.mark.parametrize(
     "name",
     ["results/results.csv", "results/numbers/resize.json", "results/numbers/sample_size.png"],

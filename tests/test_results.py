@@ -1,5 +1,6 @@
 """What stands in results/ and in the README comes from the records, and from nothing else."""
 
+import csv
 import hashlib
 import json
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from evaluation import features, tables
+from evaluation import augmentation, features, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -65,7 +66,11 @@ def test_every_run_has_its_pictures(folder):
     assert len(list((folder / "progress").glob("*.png"))) == 4
 
 
-NOTEBOOKS = sorted([*RESULTS.glob("*.ipynb"), *(RESULTS / "runs").rglob("notebook.ipynb")])
+NOTEBOOKS = [
+    path
+    for path in sorted([*RESULTS.glob("*.ipynb"), *RESULTS.rglob("notebook.ipynb")])
+    if RESULTS / "demo" not in path.parents
+]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: str(path.relative_to(RESULTS)))
@@ -89,6 +94,48 @@ def test_the_readmes_words_have_the_numbers_of_the_records():
         f"({100 * small:.0f} % right on the 28-pixel test cells, {100 * large:.0f} % at 64 pixels)"
     )
     assert sentence in words
+
+
+def study_rows(name: str) -> dict[tuple[str, str, str], dict]:
+    with open(RESULTS / "augmentation" / f"{name}.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return {(row["classifier"], row["arm"], row["comparison"]): row for row in rows}
+
+
+def interval(row: dict) -> tuple[str, str, str]:
+    numbers = [float(row[name]) for name in ("difference", "low", "high")]
+    return tuple(f"{number:+.3f}".replace("-", "−") for number in numbers)
+
+
+def test_the_readmes_words_on_rare_classes_have_the_numbers_of_the_records():
+    words = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    rows = study_rows("imbalance")
+    mean = {arm: f"{float(row['balanced_accuracy_mean']):.3f}" for (_, arm, _), row in rows.items()}
+    few, many = (interval(rows["cnn", f"real+GAN {n}", "secondary"]) for n in (500, 3000))
+    sentence = "from {} to {} ({}, 95 % interval {} to {}), with 3,000 it stays within the noise "
+    sentence = sentence.format(mean["real"], mean["real+GAN 500"], *few) + "({}, {} to {}); "
+    assert sentence.format(*many) in words
+    assert f"without any generated cell, gives {mean['real+class weights']}." in words
+    assert f"without a real one, give {mean['GAN alone']}." in words
+    primary = interval(rows["cnn", "real+GAN 3000+strong", "primary"])
+    short, low, high = (number.strip("−") for number in primary)
+    assert f"fall {short} ({high} to {low}) short of oversampling" in words
+    verdicts = [rows["cnn", f"real+GAN {n}", "secondary"]["verdict"] for n in (500, 3000)]
+    assert verdicts == ["better", "within the noise"]
+
+
+STUDIES = [
+    folder.name
+    for folder in sorted((RESULTS / "augmentation").iterdir())
+    if any(folder.glob("*/fold*/*.json"))
+]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_tables_of_a_study_are_those_of_its_records(name, tmp_path):
+    records = augmentation.collect(RESULTS / "augmentation" / name)
+    text = augmentation.markdown(records, augmentation.compare(records))
+    assert (RESULTS / "augmentation" / f"{name}.md").read_text(encoding="utf-8") == text
 
 
 def test_demo_extractor_is_that_of_its_record():
