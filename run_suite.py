@@ -41,7 +41,12 @@ from custom_models.config import parse_settings
 from evaluation import augmentation, figures
 from evaluation.gallery import write_gallery
 from evaluation.tables import ablation_table, collect, write_ablation_table
-from evaluation.train_on_generated import read_or_measure, train_on_generated, write_report
+from evaluation.train_on_generated import (
+    may_be_shown,
+    read_or_measure,
+    train_on_generated,
+    write_report,
+)
 from generative_pipeline import GenerativePipeline, run_folder
 from utils import LOADERS, InputError, OneSentenceParser, exit_on_bad_input, pick_device
 
@@ -374,7 +379,7 @@ def compare_ablations(options: argparse.Namespace) -> list[tuple[Path, str]]:
     write_ablation_table(rows, folder)
     figures.save(figures.ablations(rows), folder / "ablations.png")
     return [
-        (folder / "table.md", "every row of the grid against its baseline"),
+        (folder / "table.md", "every row of the grid against the unchanged preset"),
         (folder / "ablations.png", "the same as a picture"),
     ]
 
@@ -526,19 +531,9 @@ def measure_generators(options: argparse.Namespace) -> dict[str, str]:
     Writes a record for each run, the table and the figure. Returns the causes of what failed, by
     the run's name.
     """
-    records = [
-        record
-        for record in collect(options.out / "runs")
-        if "agreement" in record["metrics"] and record["budget"] != "quick"
-    ]
-    if not records:
-        raise InputError(
-            f"{options.out / 'runs'} holds no record of a conditional model; train one first, such "
-            "as cwgan_gp"
-        )
     folder = augmentation.study_folder(options.out, GENERATORS)
     failures, runs = {}, []
-    for record in records:
+    for record in may_be_shown(collect(options.out / "runs")):
         model, preset, seed = _run(record)
         name = f"{model} {preset} seed {seed}"
         path = folder / f"{model}-{preset}-seed{seed}.json"

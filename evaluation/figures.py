@@ -432,7 +432,7 @@ def ablations(rows: list[dict]) -> Figure:
                 if mean is None:
                     continue
                 axis.errorbar(mean, place, xerr=sd, fmt="o", color=COLOURS[0], capsize=3)
-                if row["ablation"] == "baseline":
+                if row["settings"] == "{}":
                     axis.axvline(mean, color="black", linewidth=1, linestyle="--", zorder=0)
             names = [
                 row["ablation"] + (" (not measured)" if row["frechet_mean"] is None else "")
@@ -445,7 +445,7 @@ def ablations(rows: list[dict]) -> Figure:
             axis.xaxis.set_major_formatter(PLAIN)
             if all(row["frechet_mean"] is None for row in group):
                 axis.set_xticks([])
-        axes[-1].set_xlabel(f"{rows[0]['distance_name']}, mean ± sd; dashed: baseline")
+        axes[-1].set_xlabel(f"{rows[0]['distance_name']}, mean ± sd; dashed: the unchanged preset")
     return figure
 
 

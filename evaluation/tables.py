@@ -208,7 +208,7 @@ def ablation_table(runs: list[tuple[Ablation, list[dict]]]) -> list[dict]:
 
     runs: every row of the grid with the records of its trainings, an empty list where it was not
     run (its numbers are None then). difference: the mean Fréchet distance minus that of the
-    model's row named "baseline"; None for that row itself and where either is missing. Budgets may
+    model's row without settings; None for that row itself and where either is missing. Budgets may
     differ, since epochs may be what a row changes; `images_seen` tells. Raises InputError where
     there are no records at all, for mixed protocols, for a seed that comes twice and for runs of
     one row with different configurations.
@@ -218,11 +218,11 @@ def ablation_table(runs: list[tuple[Ablation, list[dict]]]) -> list[dict]:
         raise InputError("no run of this grid is there; train one of its rows first")
     _check_same_protocol(metrics)
     rows = [_ablation_row(ablation, records, metrics[0]) for ablation, records in runs]
-    baselines = {r["model"]: r["frechet_mean"] for r in rows if r["ablation"] == "baseline"}
+    unchanged = {r["model"]: r["frechet_mean"] for r in rows if r["settings"] == "{}"}
     for row in rows:
-        mean, baseline = row["frechet_mean"], baselines[row["model"]]
-        missing = row["ablation"] == "baseline" or None in (mean, baseline)
-        row["difference"] = None if missing else mean - baseline
+        mean, reference = row["frechet_mean"], unchanged[row["model"]]
+        missing = row["settings"] == "{}" or None in (mean, reference)
+        row["difference"] = None if missing else mean - reference
     return rows
 
 
@@ -264,12 +264,13 @@ def write_ablation_table(rows: list[dict], folder: str | Path) -> None:
             f"| {_number(row['images_seen'], ',')} | {' | '.join(cells)} |"
         )
     parts = [
-        "Ablations: changed settings, each against the baseline of the same model. The table of "
+        "Ablations: changed settings, each against the same model's preset as it is, its first row "
+        "here. The table of "
         "results is another one.",
         "\n".join(lines),
         _rules(rows[0]),
-        "Difference: of a row's mean distance from its baseline's. Two rows whose means lie closer "
-        "together than their standard deviations can't be told apart by these runs.",
+        "Difference: of a row's mean distance from that first row's. Two rows whose means lie "
+        "closer together than their standard deviations can't be told apart by these runs.",
         *_notes(rows),
     ]
     devices = sorted({row["devices"] for row in rows if row["devices"]})

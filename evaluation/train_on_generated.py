@@ -77,41 +77,54 @@ def same_labels(labels: torch.Tensor, train: ImageSet) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------
 
 
+def may_be_shown(records: list[dict]) -> list[dict]:
+    """Those of conditional models, without quick runs and reduced ones that no table shows.
+
+    Raises InputError where none is left.
+    """
+    groups = defaultdict(list)
+    for record in records:
+        if "agreement" in record["metrics"] and record["budget"] != "quick":
+            groups[record["model"], record["preset"]].append(record)
+    shown = [
+        record
+        for group in groups.values()
+        if group[0]["budget"] == "full" or not reduced_shortfall(group)
+        for record in group
+    ]
+    if not shown:
+        raise InputError(
+            "there is no record of a conditional model that a table may show; train one at its "
+            "full length first, such as cwgan_gp"
+        )
+    return shown
+
+
 def compare(runs: list[tuple[dict, dict]]) -> list[dict]:
     """One row for real cells and one for each model and preset: mean and sd (ddof = 1) over seeds.
 
-    runs: of each training its record and what `train_on_generated` returned. A row holds scores on
-    the test split, recall of each class, and `agreement`, the reverse. Runs at a reduced budget
-    that may not be shown are left out. Raises InputError where none is left, and for runs that were
-    not measured alike.
+    runs: of each training its record, of those that `may_be_shown`, and what `train_on_generated`
+    returned. A row holds scores on the test split, recall of each class, and `agreement`, the
+    reverse. Raises InputError for runs that were not measured alike.
     """
     groups = defaultdict(list)
     for record, found in runs:
         groups[record["model"], record["preset"]].append((record, found))
-    groups = {
-        key: group
-        for key, group in groups.items()
-        if group[0][0]["budget"] == "full"
-        or (group[0][0]["budget"] == "reduced" and not reduced_shortfall([r for r, _ in group]))
-    }
-    shown = [run for group in groups.values() for run in group]
-    if not shown:
-        raise InputError("no conditional run may be shown; train one at its full length first")
-    rules = {(f["classifier"], f["updates"], f["n"], f["n_test"]) for _, f in shown}
-    data = {record["dataset"]["sha256"] for record, _ in shown}
+    rules = {(f["classifier"], f["updates"], f["n"], f["n_test"]) for _, f in runs}
+    data = {record["dataset"]["sha256"] for record, _ in runs}
     if len(rules) > 1 or len(data) > 1:
         raise InputError(
             "these runs were not measured alike (classifier, updates, images or data set); "
             "measure them again, or make one table of each"
         )
-    one_of_each = {record["seed"]: found["real"] for record, found in shown}
+    one_of_each = {record["seed"]: found["real"] for record, found in runs}
     rows = [_row(REAL, "", list(one_of_each.values()), [])]
     for (model, preset), group in groups.items():
         reverse = [record["metrics"]["agreement"]["agreement"] for record, _ in group]
         rows.append(_row(model, preset, [found["generated"] for _, found in group], reverse))
-    first = shown[0][1]
+    first = runs[0][1]
     rules = {name: first[name] for name in ("classifier", "updates", "n", "n_test")}
-    rows = [row | rules | {"dataset": shown[0][0]["dataset"]["name"]} for row in rows]
+    rows = [row | rules | {"dataset": runs[0][0]["dataset"]["name"]} for row in rows]
     return [rows[0], *sorted(rows[1:], key=lambda row: -row["balanced_accuracy_mean"])]
 
 

@@ -76,7 +76,6 @@ def made_run(model: str, seed: int, value: float, budget: str = "full") -> tuple
 
 def test_the_table_is_made_from_records(tmp_path):
     runs = [made_run("cvae", 0, 0.2), made_run("cvae", 1, 0.4), made_run("cwgan_gp", 0, 0.8)]
-    runs.append(made_run("ddpm", 0, 0.99, "reduced"))  # one seed of three
     rows = compare(runs)
     assert [row["model"] for row in rows] == ["real cells", "cwgan_gp", "cvae"]
     real, best, other = rows
@@ -89,7 +88,7 @@ def test_the_table_is_made_from_records(tmp_path):
     paths = module.write_report(runs, tmp_path / "generators")
     assert all(path.stat().st_size for path in paths)
     text = paths[0].read_text()
-    assert "| cvae best | 2 | 0.300 ± 0.141 |" in text and "ddpm" not in text
+    assert "| cvae best | 2 | 0.300 ± 0.141 |" in text
     assert "10 images" in text and "4 real cells" in text
 
 
@@ -98,8 +97,16 @@ def test_what_was_measured_otherwise_is_refused(bad_input):
     other[1]["updates"] = 41
     with bad_input("not measured alike"):
         compare([first, other])
-    with bad_input("no conditional run may be shown"):
-        compare([made_run("ddpm", 0, 0.9, "reduced"), made_run("cvae", 0, 0.9, "quick")])
+
+
+def test_runs_that_no_table_shows_are_not_measured(bad_input):
+    full, quick = made_run("cvae", 0, 0.2)[0], made_run("cwgan_gp", 0, 0.9, "quick")[0]
+    alone = made_run("ddpm", 0, 0.99, "reduced")[0]  # one seed of three
+    unconditional = made_run("dcgan", 0, 0.5)[0]
+    del unconditional["metrics"]["agreement"]
+    assert module.may_be_shown([full, quick, alone, unconditional]) == [full]
+    with bad_input("no record of a conditional model that a table may show"):
+        module.may_be_shown([quick, alone, unconditional])
 
 
 def test_a_run_is_measured_once(tmp_path):
@@ -119,7 +126,7 @@ def test_a_run_is_measured_once(tmp_path):
 def test_the_command(data_root, tiny_extractor, tmp_path, monkeypatch, capsys, bad_input):
     monkeypatch.setenv("DATA_ROOT", str(data_root))
     command = ["--study", "generators", "--device", "cpu", "--out", str(tmp_path)]
-    with bad_input("holds no record of a conditional model"):
+    with bad_input("no record of a conditional model"):
         run_suite.main(command)
     with bad_input("--set does not go with"):
         run_suite.main([*command, "--set", "updates=3"])
