@@ -124,6 +124,16 @@ def test_the_readmes_words_on_rare_classes_have_the_numbers_of_the_records():
     assert verdicts == ["better", "within the noise"]
 
 
+def test_the_readmes_words_on_usefulness_have_the_numbers_of_the_records():
+    words = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    with open(RESULTS / "augmentation" / "generators.csv", newline="", encoding="utf-8") as file:
+        rows = {(row["model"], row["preset"]): row for row in csv.DictReader(file)}
+    mean = {key: f"{float(row['balanced_accuracy_mean']):.3f}" for key, row in rows.items()}
+    assert f"from no real one, names {mean['cvae', 'best']} of the real" in words
+    assert f"a quarter, {mean['cwgan_gp', 'best']}, and one" in words
+    assert f"from as many real cells {mean['real cells', '']}:" in words
+
+
 STUDIES = [
     folder.name
     for folder in sorted((RESULTS / "augmentation").iterdir())
