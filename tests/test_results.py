@@ -8,7 +8,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from evaluation import augmentation, features, tables
+from evaluation import augmentation, features, tables, train_on_generated
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -132,6 +132,20 @@ def test_the_readmes_words_on_usefulness_have_the_numbers_of_the_records():
     assert f"from no real one, names {mean['cvae', 'best']} of the real" in words
     assert f"a quarter, {mean['cwgan_gp', 'best']}, and one" in words
     assert f"from as many real cells {mean['real cells', '']}:" in words
+
+
+def test_the_table_of_generators_is_that_of_its_records():
+    folder = RESULTS / "augmentation" / "generators"
+    runs = []
+    for record in RECORDS:
+        path = folder / f"{record['model']}-{record['preset']}-seed{record['seed']}.json"
+        if path.exists():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            assert found["key"] == record["key"]
+            runs.append((record, found))
+    assert len(runs) == len(list(folder.glob("*.json")))
+    text = train_on_generated.markdown(train_on_generated.compare(runs))
+    assert folder.with_suffix(".md").read_text(encoding="utf-8") == text
 
 
 STUDIES = [
