@@ -124,6 +124,21 @@ def test_the_readmes_words_on_rare_classes_have_the_numbers_of_the_records():
     assert verdicts == ["better", "within the noise"]
 
 
+def test_the_readmes_words_on_few_cells_have_the_numbers_of_the_records():
+    words = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    rows = study_rows("bccd")
+    primary = [rows[name, "real+GAN+traditional", "primary"] for name in ("cnn", "cnn_rnn")]
+    changes = ["{} ({} to {})".format(*interval(row)) for row in primary]
+    assert "by {} with a CNN and by {} with a CNN-RNN".format(*changes) in words
+    assert {row["verdict"] for row in primary} == {"within the noise"}
+    accuracy = {
+        (name, arm): f"{float(row['accuracy_mean']):.3f}" for (name, arm, _), row in rows.items()
+    }
+    for name, title in (("cnn", "CNN's accuracy is"), ("cnn_rnn", "CNN-RNN's")):
+        flawed, sound = (accuracy[name, arm] for arm in ("published flaw", "real+GAN+traditional"))
+        assert f"{title} {flawed} instead of {sound}" in words
+
+
 def test_the_readmes_words_on_usefulness_have_the_numbers_of_the_records():
     words = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     with open(RESULTS / "augmentation" / "generators.csv", newline="", encoding="utf-8") as file:
