@@ -10,7 +10,6 @@ updates. Every arm leaves a record, and tables are made from records alone.
 What is compared, above all, is named here before any result: PRIMARY, by balanced accuracy.
 """
 
-import csv
 import dataclasses
 import json
 import math
@@ -27,6 +26,7 @@ import torch
 from evaluation import classification, figures, significance
 from evaluation.copies import TURNS, turned
 from evaluation.neighbours import distances
+from evaluation.tables import write_rows
 from utils import SPLITS, ImageSet, InputError, load_dataset, seed_everything, write_atomically
 
 # Part of every record's identity. Raise it with any change that alters what an arm gives.
@@ -727,16 +727,7 @@ def write_report(folder: str | Path) -> list[Path]:
     """
     records = collect(folder)
     rows = compare(records)
-
-    def write_csv(path: Path) -> None:
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-
-    write_atomically(f"{folder}.csv", write_csv)
-    text = markdown(records, rows)
-    write_atomically(f"{folder}.md", lambda path: path.write_text(text, encoding="utf-8"))
+    write_rows(rows, markdown(records, rows), folder)
     pictures = {f"{folder}.png": figures.augmentation_differences(rows)}
     for classifier in dict.fromkeys(row["classifier"] for row in rows):
         parts = {

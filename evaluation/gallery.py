@@ -52,7 +52,7 @@ STUDIES = {
 STUDIES_TITLE = "Do generated cells help a classifier?"
 # By what stands in the file's name between that of the study and that of the classifier.
 STUDY_PICTURES = {
-    "": "Differences, with their intervals; recalls of a classifier of generated cells.",
+    "": "Each arm's difference in balanced accuracy, with its interval.",
     "-amounts": "Scores against the number of generated images added to each class.",
     "-confusion": "Confusion matrices, summed over folds: a row is a true class.",
     "-learning": "Loss and accuracy on the images that each arm trains on.",
@@ -241,6 +241,8 @@ def _studies(results: Path) -> list[str]:
         parts += [f"### {title}", _links(results, folder, files)]
         for ending, caption in STUDY_PICTURES.items():
             paths = sorted(folder.glob(f"{name}{ending}*.png" if ending else f"{name}.png"))
+            if name == "generators":
+                caption = "Recall of each class; the lines are a classifier of real cells."
             parts += [caption] * bool(paths)
             parts += [f"![{path.stem}]({_relative(path, results)})" for path in paths]
     return [f"## {STUDIES_TITLE}", *parts] if parts else []

@@ -123,10 +123,12 @@ def write_table(rows: list[dict], folder: str | Path, stem: str) -> None:
     if not rows:
         raise InputError(f"there are no records for the table {stem}; train a model first")
 
-    _write(rows, _markdown(rows), Path(folder) / stem)
+    write_rows(rows, _markdown(rows), Path(folder) / stem)
 
 
-def _write(rows: list[dict], text: str, stem: Path) -> None:
+def write_rows(rows: list[dict], text: str, stem: str | Path) -> None:
+    """Write the rows as `stem`.csv and the text, which shows them, as `stem`.md."""
+
     def write_csv(path: Path) -> None:
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, rows[0])
@@ -200,7 +202,7 @@ def write_per_class_table(rows: list[dict], folder: str | Path, stem: str) -> No
         "class that was asked for, among images with the test split's frequencies. Fréchet "
         "distances are left out: the classes have too few images for them.",
     ]
-    _write(rows, "\n".join(lines) + "\n", Path(folder) / stem)
+    write_rows(rows, "\n".join(lines) + "\n", Path(folder) / stem)
 
 
 def ablation_table(runs: list[tuple[Ablation, list[dict]]]) -> list[dict]:
@@ -279,7 +281,7 @@ def write_ablation_table(rows: list[dict], folder: str | Path) -> None:
             f"Not all rows were trained on the same device ({'; '.join(devices)}), and devices "
             "train at different precision."
         )
-    _write(rows, "\n\n".join(parts) + "\n", Path(folder) / "table")
+    write_rows(rows, "\n\n".join(parts) + "\n", Path(folder) / "table")
 
 
 def run_table(record: dict) -> str:

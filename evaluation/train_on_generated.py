@@ -5,7 +5,6 @@ GAN-train of Shmelkov et al. 2018, sec. 3; the classification accuracy score of 
 `evaluation.agreement`; both stand in one table, made from records alone.
 """
 
-import csv
 import json
 from collections import defaultdict
 from collections.abc import Callable
@@ -16,7 +15,7 @@ import torch
 
 from evaluation import classification, figures
 from evaluation.augmentation import BATCH_SIZE, LR, SCORES, TITLES
-from evaluation.tables import reduced_shortfall
+from evaluation.tables import reduced_shortfall, write_rows
 from utils import ImageSet, InputError, seed_everything, write_atomically
 
 CLASSIFIER, UPDATES = "cnn", 3000
@@ -143,16 +142,7 @@ def _row(model: str, preset: str, scores: list[dict], reverse: list[float]) -> d
 def write_report(runs: list[tuple[dict, dict]], stem: str | Path) -> list[Path]:
     """The rows of `compare` as `stem`.md, .csv and .png; returns the paths."""
     rows = compare(runs)
-
-    def write_csv(path: Path) -> None:
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-
-    write_atomically(f"{stem}.csv", write_csv)
-    text = markdown(rows)
-    write_atomically(f"{stem}.md", lambda path: path.write_text(text, encoding="utf-8"))
+    write_rows(rows, markdown(rows), stem)
     figures.save(figures.recalls(rows), f"{stem}.png")
     return [Path(f"{stem}{ending}") for ending in (".md", ".csv", ".png")]
 
@@ -165,8 +155,8 @@ def markdown(rows: list[dict]) -> str:
         cells = [_name(row), str(row["seeds"])]
         cells += [_cell(row, name) for name in (*SCORES, "agreement")]
         lines.append(f"| {' | '.join(cells)} |")
-    kinds = [n.removeprefix("recall ").removesuffix("_mean") for n in first if "recall" in n]
-    kinds = list(dict.fromkeys(kind.removesuffix("_sd") for kind in kinds))
+    columns = [n for n in first if n.startswith("recall ") and n.endswith("_mean")]
+    kinds = [name.removeprefix("recall ").removesuffix("_mean") for name in columns]
     recalls = [f"| Trained on | {' | '.join(kinds)} |", "|---|" + "---:|" * len(kinds)]
     for row in rows:
         cells = [_cell(row, f"recall {kind}") for kind in kinds]
