@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from custom_models.drawing import SAMPLE_BATCH, derive_seed
+from custom_models.jpeg_vae import logistic_noise
 from evaluation.copies import inverse_turn, nearest_over_turns, turned
 from utils import ImageSet, InputError, load_dataset, to_uint8
 
@@ -45,8 +46,7 @@ def draw_noise(model: nn.Module, labels: Tensor, seed: int) -> Tensor:
     if hasattr(model, "prior_mean"):
         size = config.image_size
         for coefficients in model.jpeg.encode(torch.zeros(1, 3, size, size)):
-            uniform = torch.rand(n, coefficients.numel(), generator=generator)
-            parts.append(uniform.clamp(0.0005, 0.9995).logit())
+            parts.append(logistic_noise((n, coefficients.numel()), generator))
     return torch.cat(parts, dim=1)
 
 
@@ -74,16 +74,15 @@ def images_from(model: nn.Module, noise: Tensor, labels: Tensor) -> Tensor:
 
 
 def _from_coefficients(model: nn.Module, noise: Tensor, labels: Tensor) -> Tensor:
-    """As `jpeg_vae.Model.sample` does it, from given noise; [-1, 1], [N, 3, S, S]."""
-    config = model.config
-    latents, rest = noise[:, : config.latent_dim, None], noise[:, config.latent_dim :]
-    latents = model.prior_mean[labels] + (model.prior_factor[labels] @ latents).squeeze(2)
-    coefficients = []
-    for mean, log_scale in model.decode(latents, labels):
-        length = mean[0].numel()
-        drawn, rest = rest[:, :length].view(mean.shape), rest[:, length:]
-        coefficients.append((mean + config.temperature * log_scale.exp() * drawn).round())
-    return model.jpeg.decode(*coefficients, (config.image_size, config.image_size))
+    """The CVAE's `best`: latents first, then the coefficients' noise; [-1, 1], [N, 3, S, S]."""
+    latents, rest = noise[:, : model.config.latent_dim], noise[:, model.config.latent_dim :]
+
+    def draw(shape: torch.Size) -> Tensor:
+        nonlocal rest
+        drawn, rest = rest[:, : shape[1:].numel()], rest[:, shape[1:].numel() :]
+        return drawn.view(shape)
+
+    return model.images_of(latents, labels, draw)
 
 
 # ---------------------------------------------------------------------------------------------

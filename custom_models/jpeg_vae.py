@@ -15,6 +15,7 @@ that is fitted to its latents (Ghosh et al. 2020, "From Variational to Determini
 section 4, ex-post density estimation).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
@@ -206,17 +207,33 @@ class Model(nn.Module):
     @torch.no_grad()
     def sample(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         """Draw z of each class, decode it, draw coefficients, read the file; [N, 3, S, S]."""
-        config = self.config
-        shape = (len(labels), config.latent_dim, 1)
+        shape = (len(labels), self.config.latent_dim)
         noise = torch.randn(shape, generator=generator, device=labels.device)
-        latents = self.prior_mean[labels] + (self.prior_factor[labels] @ noise).squeeze(2)
-        coefficients = []
-        for mean, log_scale in self.decode(latents, labels):
-            uniform = torch.rand(mean.shape, generator=generator, device=mean.device)
-            # A logistic's tails, cut where one draw in a thousand lies beyond.
-            noise = uniform.clamp(0.0005, 0.9995).logit()
-            coefficients.append((mean + config.temperature * log_scale.exp() * noise).round())
+        return self.images_of(noise, labels, lambda shape: logistic_noise(shape, generator))
+
+    def images_of(
+        self, noise: Tensor, labels: Tensor, draw: Callable[[torch.Size], Tensor]
+    ) -> Tensor:
+        """Images of given noise, [N, 3, S, S].
+
+        noise: of the latents, [N, latent_dim]; draw: from the coefficients' shapes, one after the
+        other, to their noise.
+        """
+        config = self.config
+        latents = self.prior_mean[labels] + (self.prior_factor[labels] @ noise[..., None]).squeeze(
+            2
+        )
+        coefficients = [
+            (mean + config.temperature * log_scale.exp() * draw(mean.shape)).round()
+            for mean, log_scale in self.decode(latents, labels)
+        ]
         return self.jpeg.decode(*coefficients, (config.image_size, config.image_size))
+
+
+def logistic_noise(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Draws from the standard logistic, its tails cut where one in a thousand lies beyond."""
+    uniform = torch.rand(shape, generator=generator, device=generator.device)
+    return uniform.clamp(0.0005, 0.9995).logit()
 
 
 def log_likelihood(values: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
