@@ -215,12 +215,15 @@ def draw(model: nn.Module, labels: torch.Tensor, seed: int) -> torch.Tensor:
     return torch.cat(images)
 
 
-def labelled_grid(images: torch.Tensor, row_names: list[str], columns: int) -> np.ndarray:
+def labelled_grid(
+    images: torch.Tensor, row_names: list[str], columns: int, side: int = 64
+) -> np.ndarray:
     """A grid with a name on the left of each row; no names: the plain grid.
 
-    images: uint8 [N, C, S, S]. Returns uint8 [height, width, 3].
+    images: uint8 [N, C, S, S], enlarged by the whole number that brings them nearest below `side`
+    pixels. Returns uint8 [height, width, 3].
     """
-    zoom = max(1, 64 // images.shape[-1])
+    zoom = max(1, side // images.shape[-1])
     grid = make_grid(images, columns, zoom=zoom)
     font = ImageFont.load_default(12)
     margin = max((round(font.getlength(name)) + 8 for name in row_names), default=0)

@@ -297,6 +297,17 @@ def test_controls_change_the_pictures(driven):
     assert driven.picture(GRID) == start[0] and driven.picture(STRIP) != start[1]
 
 
+def test_a_class_is_always_chosen_and_kept_where_the_next_model_has_it(driven):
+    for pick, shown in (
+        ("pick.value = 'cvae-best'; kind.value = 'platelet'", "platelet"),
+        ("pick.value = 'ddpm-best'", "platelet"),
+        ("pick.value = 'dcgan-best'", "any"),
+        ("pick.value = 'cvae-best'", "basophil"),
+    ):
+        driven.do(pick)
+        assert driven.do("print(kind.value)").strip() == shown
+
+
 def test_only_controls_that_the_model_has_are_shown(driven):
     shown = "print(for_latents.layout.display, for_diffusion.layout.display, *kind.options)"
     driven.do("pick.value = 'dcgan-best'")
