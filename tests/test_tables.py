@@ -172,6 +172,22 @@ def test_a_reduced_run_that_still_learns_is_not_shown(change, word):
     assert word in row["note"] and row["frechet_mean"] is None
 
 
+def test_the_loss_of_a_wasserstein_generator_may_drift():
+    def note(**logged):
+        group = [record(seed, budget="reduced") for seed in range(3)]
+        for one in group:
+            one["history"] = [
+                {name: value for name, value in row.items() if name != "loss"}
+                | {"loss_critic": row["loss"], "loss_generator": k / 10}
+                | logged
+                for k, row in enumerate(FLAT)
+            ]
+        return results_table(group)[0]["note"]
+
+    assert "loss generator not flat" in note()
+    assert note(wasserstein=0.5) == ""
+
+
 def test_a_reduced_conditional_run_must_be_recognised():
     def runs(*agreements):
         group = [record(seed, budget="reduced") for seed in range(3)]
