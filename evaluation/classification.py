@@ -27,9 +27,9 @@ def no_augmentation(images: Tensor) -> Tensor:
 
 
 def traditional_augmentation(images: Tensor) -> Tensor:
-    """As published: a turn of up to 10 degrees and a horizontal flip; uint8 [N, C, S, S].
+    """The usual one: a turn of up to 10 degrees and a horizontal flip; uint8 [N, C, S, S].
 
-    The corners that a turn uncovers repeat the image's edge, as published.
+    The corners that a turn uncovers repeat the image's edge.
     """
     from torchvision.transforms import v2
 

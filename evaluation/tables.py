@@ -320,13 +320,10 @@ def metrics_table(metrics: dict) -> str:
             lines.append(f"| {column.title} | {value} | {lowest} |")
     if "mean_colour_error" in metrics:
         lines.append(f"| mean colour error, of 255 | {metrics['mean_colour_error']:.2f} | |")
-    words = [
-        f"{name} of generators that have learned nothing (ceiling): "
-        + ", ".join(
-            f"{_number(ceilings[kind], '.0f')} for {kind.replace('_', ' ')}" for kind in ceilings
-        )
-        + "."
-    ]
+    words = []
+    if metrics["frechet_distance"] is not None:
+        shown = ", ".join(f"{ceilings[kind]:.0f} for {kind.replace('_', ' ')}" for kind in ceilings)
+        words.append(f"{name} of generators that have learned nothing (ceiling): {shown}.")
     if "copies" in metrics:
         words.append(f"Copies of training cells: {metrics['copies']['verdict']}.")
     words += [f"{warning}." for warning in metrics["warnings"]]
