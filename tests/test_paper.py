@@ -162,6 +162,40 @@ def test_optional_parts_are_left_out(copy):
     assert "Classes of the conditional models" not in text and "filled dots" not in text
 
 
+def test_larger_cells_appear_with_their_rows(copy):
+    shutil.rmtree(copy / "results/pbc64", ignore_errors=True)
+    folder = copy / "results/pbc64"
+    run = folder / "runs/cwgan_gp-best_small/seed0"
+    run.mkdir(parents=True)
+
+    def rows_of(name: str) -> list[dict]:
+        with open(copy / "results" / name, newline="") as file:
+            return list(csv.DictReader(file))
+
+    small = {"preset": "best_small", "budget": "reduced", "dataset": "PBC", "image_size": "64"}
+    floor, *rows = rows_of("results.csv")
+    row = next(r for r in rows if (r["model"], r["preset"]) == ("cwgan_gp", "best"))
+    shown = row | small | {"seeds": "3", "frechet_mean": "251.04", "frechet_sd": "3.26"}
+    hidden = row | small | {"preset": "small", "frechet_mean": "", "note": "1 of 3 seeds"}
+    floor |= {"dataset": "PBC", "image_size": "64"}
+    write_rows(folder / "results_reduced.csv", [floor, shown, hidden])
+    classes = [r | small for r in rows_of("results_per_class.csv") if r["model"] == "cwgan_gp"]
+    classes[0] |= {"class": "giant platelet", "kid_mean": "12.34"}
+    write_rows(folder / "results_reduced_per_class.csv", classes)
+    record = json.loads((copy / "results/runs/cwgan_gp-best/seed0/record.json").read_text())
+    (run / "record.json").write_text(json.dumps(record | {"preset": "best_small"}))
+    each = {"n": 20, "distance_name": "FD", "mean": {"kid": {"value": 34.56}}}
+    each["mean"]["published"] = {"value": 567.89}
+    (run / "per_class.json").write_text(json.dumps(each))
+    text = words(copy)
+    assert "PBC at 64 pixels" in text and "251.0 ± 3.3" in text
+    assert "cWGAN-GP best_small over three trainings" in text
+    assert "cWGAN-GP small over" not in text
+    assert "giant platelet" in text and "34.6" in text and "567.9" in text
+    shutil.rmtree(folder)
+    assert "PBC at 64 pixels" not in words(copy)
+
+
 def test_ablations_appear_with_their_rows(copy):
     folder = copy / "results/ablations/published"
     folder.mkdir(parents=True, exist_ok=True)
