@@ -113,6 +113,13 @@ def parse_training(arguments: list[str]) -> tuple[argparse.Namespace, dict]:
         help="network that measures the images: inception, demo or a TorchScript file "
         "(default $EXTRACTOR, else inception)",
     )
+    run.add_argument(
+        "--per_class",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also measure every class by itself on so many images, 2000 as published (0: no)",
+    )
     run.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (auto)")
     run.add_argument(
         "--precision",
@@ -215,6 +222,10 @@ def train(arguments: list[str]) -> None:
         image_size=size,
         **settings,
     )
+    if options.per_class and not pipeline.model.conditional:
+        raise InputError(f"{model} can't be asked for a class; leave --per_class out")
+    if options.per_class < 0 or options.per_class == 1:
+        raise InputError(f"--per_class takes two images or more, or 0, got {options.per_class}")
     if options.resume and not (pipeline.checkpoint_path.exists() or pipeline.weights_path.exists()):
         raise InputError(
             f"there is no checkpoint at {pipeline.checkpoint_path} to go on from; leave --resume "
@@ -233,6 +244,9 @@ def train(arguments: list[str]) -> None:
         f"{first}KID {metrics['kid']:.4f} ± {metrics['kid_standard_error']:.4f} "
         f"→ {pipeline.record_path}"
     )
+    if options.per_class:
+        pipeline.evaluate_per_class(options.per_class)
+        print(f"every class by itself → {pipeline.out / 'per_class.md'}")
 
 
 def parse_sampling(arguments: list[str]) -> argparse.Namespace:

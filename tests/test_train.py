@@ -118,6 +118,8 @@ BAD = {
     "unknown device": (["--device", "abacus"], "unknown device 'abacus'"),
     "missing extractor": (["--extractor", "none.pt"], "`--extractor demo` needs no file"),
     "misspelt option": (["--models", "cvae"], "--models"),
+    "no class to ask for": (["--per_class", "2000"], "cvae can't be asked for a class"),
+    "one image of a class": (["--conditional", "true", "--per_class", "1"], "two images or more"),
     "wrong seed": (["--seed", "one"], "'one'"),
 }
 
@@ -199,6 +201,7 @@ ABSENT = (
 def test_a_bare_machine_trains_measures_and_records(command, tmp_path):
     """On the drawn cells and with the demo extractor, which need no file from elsewhere."""
     arguments = [*command, "--dataset", "demo", "--extractor", "demo"]
+    arguments += ["--conditional", "true", "--per_class", "4"]
     code = BARE.format(absent=ABSENT, arguments=arguments)
     done = run_outside(["-c", code], PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
@@ -207,8 +210,11 @@ def test_a_bare_machine_trains_measures_and_records(command, tmp_path):
     assert record["dataset"]["name"] == "demo" and record["dataset"]["n"] == 1400
     assert record["metrics"]["distance_name"] == "FD (demo)"
     assert not (tmp_path / "run" / "tensorboard").exists()
-    for picture in ("samples.png", "losses.png", "progress/100.png"):
+    for picture in ("samples.png", "losses.png", "progress/100.png", "per_class.png"):
         assert (tmp_path / "run" / picture).stat().st_size > 0
+    each = json.loads((tmp_path / "run" / "per_class.json").read_text())
+    assert each["n"] == 4 and len(each["per_class"]) == 8
+    assert done.stdout.rstrip().endswith(str(tmp_path / "run" / "per_class.md"))
 
 
 def test_a_missing_inception_is_one_line_without_its_package(command, tmp_path):
