@@ -50,6 +50,8 @@ STUDIES = {
     "generators": "Trained on generated cells, tested on real ones",
 }
 STUDIES_TITLE = "Do generated cells help a classifier?"
+OTHERS_TITLE = "Other data sets and sizes"
+OTHERS = f"*[0-9]/{PAGE}"  # such as mnist28
 # By what stands in the file's name between that of the study and that of the classifier.
 STUDY_PICTURES = {
     "": "Each arm's difference in balanced accuracy, with its interval.",
@@ -80,6 +82,7 @@ def gallery(results: str | Path) -> str:
         *_checkpoints(results),
         *_studies(results),
         *_mistakes(results),
+        *_other_data_sets(results),
         *_others(results),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -129,6 +132,7 @@ def _contents(results: Path, runs: list) -> str:
     titles += ["Shipped checkpoints"] * any((results / "checkpoints").glob("*.json"))
     titles += [STUDIES_TITLE] * any((results / "augmentation").glob("*.md"))
     titles += ["What mistakes do to numbers"] * any((results / "numbers").glob("*.json"))
+    titles += [OTHERS_TITLE] * any(results.glob(OTHERS))
     return "\n".join(f"- [{title}](#{_anchor(title)})" for title in titles)
 
 
@@ -264,11 +268,20 @@ def _mistakes(results: Path) -> list[str]:
     return ["## What mistakes do to numbers", words, notebook, *parts]
 
 
+def _other_data_sets(results: Path) -> list[str]:
+    """Links to their pages, and their cells."""
+    parts = []
+    for page in sorted(results.glob(OTHERS)):
+        shown = {name: COMPARISONS[name] for name in ("comparison.png", "comparison_best.png")}
+        parts += [f"### {page.parent.name}", f"[Tables and pictures]({_relative(page, results)})"]
+        parts += _pictures(results, page.parent, shown, page.parent.name)
+    return [f"## {OTHERS_TITLE}", *parts] if parts else []
+
+
 def _others(results: Path) -> list[str]:
-    """Pages of other data sets; tables of ablations and of speed."""
+    """Tables of ablations and of speed."""
     parts = []
     for title, pattern in {
-        "Other data sets": "*[0-9]/README.md",  # such as mnist28
         "Ablations": "ablations/*/table.md",
         "Speed": "benchmarks/*.md",
     }.items():
