@@ -5,7 +5,8 @@
 
 A checkpoint is three files: MODEL-PRESET.safetensors (the float16 weights that were measured, and
 what they are), .json (the run's record and the sha256 of the weights' file) and .md (the model
-card, whose numbers are the record's).
+card, whose numbers are the record's). Models of another data set or size than the main table's have
+it behind their names, such as MODEL-PRESET-pbc64.
 """
 
 import argparse
@@ -89,10 +90,11 @@ DATA = {
 # ---------------------------------------------------------------------------------------------
 
 
-def ship(run: str | Path, out: str | Path) -> Path:
+def ship(run: str | Path, out: str | Path, suffix: str = "") -> Path:
     """Write the checkpoint of a finished run into the folder `out`; returns its .safetensors.
 
-    run: the run's folder, with weights.pt and record.json. The same run gives the same bytes.
+    run: the run's folder, with weights.pt and record.json; suffix: what the files' name has behind
+    MODEL-PRESET. The same run gives the same bytes.
     Raises InputError where one of the two is missing or broken, where the record is not that of the
     weights, and for a file of more than 25 MB.
     """
@@ -113,7 +115,7 @@ def ship(run: str | Path, out: str | Path) -> Path:
     tensors = {name: value.contiguous() for name, value in state.items()}
     # One entry: several would be written in another order each time.
     data = save(tensors, {"checkpoint": json.dumps(about)})
-    path = Path(out) / f"{record['model']}-{record['preset']}.safetensors"
+    path = Path(out) / f"{record['model']}-{record['preset']}{suffix}.safetensors"
     if len(data) > LARGEST:
         raise InputError(
             f"{path.name} would have {len(data) / 1e6:.1f} MB, more than the "
@@ -277,18 +279,26 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def ship_all(results: str | Path, out: str | Path) -> None:
-    """Ship seed 0 of each model's `best` run, or of its stand-in; one without both is named."""
-    for model in MODELS:
-        presets = [preset for preset in PRESETS if preset in MODELS[model].PRESETS]
-        runs = [run_folder(results, model, preset, SEED) for preset in presets]
-        finished = [
-            run for run in runs if (run / "weights.pt").exists() and (run / "record.json").exists()
-        ]
-        if finished:
-            path = ship(finished[0], out)
-            print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
-        elif runs:
-            print(f"{model}: not finished, {runs[0]} lacks weights.pt or record.json")
+    """Ship seed 0 of each model's `best` run, or of its stand-in; one without both is named.
+
+    Runs of other data sets and sizes, in folders such as RESULTS/pbc64, are shipped where there are
+    any.
+    """
+    others = sorted(folder.parent for folder in Path(results).glob("*[0-9]/runs"))
+    for page in (Path(results), *others):
+        for model in MODELS:
+            presets = [preset for preset in PRESETS if preset in MODELS[model].PRESETS]
+            runs = [run_folder(page, model, preset, SEED) for preset in presets]
+            finished = [
+                run
+                for run in runs
+                if (run / "weights.pt").exists() and (run / "record.json").exists()
+            ]
+            if finished:
+                path = ship(finished[0], out, f"-{page.name}" if page in others else "")
+                print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+            elif runs and page not in others:
+                print(f"{model}: not finished, {runs[0]} lacks weights.pt or record.json")
 
 
 def draw_all(folder: str | Path, out: str | Path, seed: int) -> None:

@@ -422,7 +422,7 @@ def test_every_finished_best_run_is_shipped(pipelines, tmp_path, monkeypatch, ca
 
 def test_a_stand_in_is_shipped_until_best_is_finished(tmp_path, monkeypatch):
     given = []
-    monkeypatch.setattr(checkpoints, "ship", lambda run, out: given.append(run) or Path(__file__))
+    monkeypatch.setattr(checkpoints, "ship", lambda run, *_: given.append(run) or Path(__file__))
     runs = [run_folder(tmp_path, "ddpm", preset, 0) for preset in ("best_small", "best")]
     for run in runs:  # the stand-in first
         run.mkdir(parents=True)
@@ -430,6 +430,23 @@ def test_a_stand_in_is_shipped_until_best_is_finished(tmp_path, monkeypatch):
             (run / name).touch()
         checkpoints.ship_all(tmp_path, tmp_path / "out")
     assert given == runs
+
+
+def test_other_data_sets_are_in_the_files_names(pipelines, tmp_path, capsys):
+    for page in (tmp_path / "results", tmp_path / "results" / "pbc64"):
+        for name, pipeline in pipelines.items():
+            shutil.copytree(pipeline.out, run_folder(page, name, "best", 0))
+    checkpoints.ship_all(tmp_path / "results", tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").glob("*.safetensors")}
+    models = ("cvae-best", "dcgan-best")
+    assert names == {f"{model}{of}.safetensors" for model in models for of in ("", "-pbc64")}
+    for model in models:
+        one, other = (tmp_path / "out" / f"{model}{of}" for of in ("", "-pbc64"))
+        files = [path.with_name(f"{path.name}.safetensors") for path in (one, other)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+        assert f'load_shipped("{files[1].name}")' in other.with_name(f"{other.name}.md").read_text()
+    # What is lacking is told of the main data set alone.
+    assert capsys.readouterr().out.count("not finished") == 2
 
 
 def test_grids_need_no_data_and_no_extractor(shipped, tmp_path, monkeypatch, capsys):
