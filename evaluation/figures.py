@@ -108,7 +108,7 @@ def _side_by_side(
                 ha="right",
                 va="center",
                 fontsize=7,
-                linespacing=0.9,
+                linespacing=1.1,
             )
         top = 1 - above / figure.get_figheight()
         left = 0.08 if row_names else 0.01
@@ -589,11 +589,10 @@ def real_and_generated_by_class(
     """
     rows, names = record["per_class"], []
     for row in rows:
-        kid, distance = row["kid"], row["frechet_distance"]
-        lines = [row["class"].replace(" ", "\n")]
-        lines += [] if kid is None else [f"KID {kid:.3g}"]
-        lines += [] if distance is None else [f"{record['distance_name']} {distance:.1f}"]
-        names.append("\n".join(lines))
+        found = {"KID": (row["kid"], ".3g")}
+        found |= {record["distance_name"]: (row["frechet_distance"], ".1f")}
+        numbers = [f"{name} {x:{form}}" for name, (x, form) in found.items() if x is not None]
+        names.append("\n".join([row["class"], *numbers]))
     parts = [
         _rows_of_classes(images, labels, len(rows))
         for images, labels in ((real.images, real.labels), (images, labels))
