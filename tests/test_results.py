@@ -98,6 +98,9 @@ def test_the_readmes_words_have_the_numbers_of_the_records():
     rows = json.loads((RESULTS / "numbers" / "resize.json").read_text())["rows"]
     (value,) = (row["value"] for row in rows if "no JPEG" in row["name"])
     assert f"only lack that JPEG lie at {value:,.0f} from the reference" in words
+    dcgan = [r for r in RECORDS[RESULTS] if (r["model"], r["preset"]) == ("dcgan", "best")]
+    one, other = (round(r["metrics"]["frechet_distance"]) for r in dcgan)
+    assert f"the DCGAN's two as `best` lie at {one} and {other}." in words
     record = json.loads(features.DOMAIN_FILE.with_suffix(".json").read_text())
     small, large = (row["accuracy"] for row in record["test"])
     sentence = (
