@@ -76,8 +76,8 @@ class GenerativePipeline:
     precision: float32 or bfloat16; by default bfloat16 on CUDA, float32 on a CPU. checkpoint_path,
     log_dir: the checkpoint's file (or folder) and TensorBoard's folder, if not in `out`.
     checkpoint_seconds: at least so long between checkpoints, which are written at ends of epochs.
-    compile: torch.compile the networks; gains on CUDA only, and not where a gradient penalty needs
-    a second derivative. Raises InputError for anything it can't work with.
+    compile: torch.compile the networks, but for those that a gradient penalty takes a second
+    derivative of; gains on CUDA only. Raises InputError for anything it can't work with.
     """
 
     def __init__(
@@ -122,6 +122,8 @@ class GenerativePipeline:
         stored_as_jpeg = train.name.startswith("BloodMNIST") and size == 28
         if hasattr(self.config, "JPEG_ELSEWHERE") and not stored_as_jpeg:
             from_data["jpeg_quality"] = settings.get("jpeg_quality", self.config.JPEG_ELSEWHERE)
+        if "val" not in self.sets:
+            from_data["validation_epochs"] = 0
         self.config = dataclasses.replace(self.config, **from_data)
         self.dataset_sha256 = train.sha256()
         self.train_set = train.to(self.device)
@@ -134,6 +136,9 @@ class GenerativePipeline:
         self.total_steps = self.steps_per_epoch * self.config.epochs
         if self.device.type == "cpu":
             keep_freed_memory()
+        else:
+            torch.backends.cudnn.allow_tf32 = False  # a penalty's float32 is no TF32
+            torch.cuda.reset_peak_memory_stats(self.device)
         self._set_up_model(compile)
 
     def _check_held_out(self) -> None:
@@ -160,8 +165,9 @@ class GenerativePipeline:
         self.training = None  # how it was trained; known once it is over
         self.kept = None  # the kept weights, where they come from their file
         if compile:
-            for network in self.model.children():
-                network.compile()  # in place: the keys of the state stay plain
+            for name, network in self.model.named_children():
+                if name not in getattr(self.model, "penalised", ()):  # twice derived: not compiled
+                    network.compile()  # in place: the keys of the state stay plain
 
     def _make_ema(self) -> AveragedModel:
         # All tensors at once: hundreds of small operations a step are what a GPU would wait for.
@@ -250,11 +256,11 @@ class GenerativePipeline:
             )
         return {"epoch": epoch + 1, **row}
 
-    def _autocast(self):
-        # Its cache of rounded weights would outlive an optimizer's step, and a step of training
-        # may hold several of them.
+    def _autocast(self, cache: bool = False):
+        # In training its cache of rounded weights would outlive an optimizer's step, of which one
+        # call of `training_step` may hold several.
         return torch.autocast(
-            "cuda", torch.bfloat16, enabled=self.precision == "bfloat16", cache_enabled=False
+            "cuda", torch.bfloat16, enabled=self.precision == "bfloat16", cache_enabled=cache
         )
 
     def _validate(self, epoch: int) -> None:
@@ -392,7 +398,8 @@ class GenerativePipeline:
         if not path.exists():
             return None
         try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
+            # To the CPU, from where every part of it is copied to where it belongs.
+            state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception:  # a damaged file raises nearly anything
             raise InputError(
                 f"{path} is broken or no checkpoint; delete it to start anew"
@@ -439,7 +446,7 @@ class GenerativePipeline:
         """A copy, with its prior fitted to the training cells if it is of the models that do so."""
         model = copy.deepcopy(model).eval()
         if hasattr(model, "fit_prior"):
-            model.fit_prior(to_model_range(self.train_set.images), self.train_set.labels)
+            model.fit_prior(self.train_set.images, self.train_set.labels)
         return model
 
     def _kept_state(self) -> dict[str, torch.Tensor]:
@@ -471,7 +478,7 @@ class GenerativePipeline:
         return self._sample_from(model, labels, seed)
 
     def _sample_from(self, model, labels: torch.Tensor, seed: int) -> torch.Tensor:
-        with self._autocast():
+        with self._autocast(cache=True):
             return draw(model, labels, seed)
 
     # -----------------------------------------------------------------------------------------
@@ -682,7 +689,8 @@ class GenerativePipeline:
 
 def pick_precision(name: str | None, device: torch.device) -> str:
     """Of a training: `name`, or the device's usual one. InputError for what it can't do well."""
-    usual = "bfloat16" if device.type == "cuda" else "float32"
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    usual = "bfloat16" if native else "float32"
     if name not in (None, "float32", "bfloat16"):
         raise InputError(f"unknown precision {name!r}; use float32 or bfloat16")
     if name == "bfloat16" and device.type == "cpu":
@@ -707,7 +715,7 @@ def _deterministic_on(device: torch.device):
 def describe_machine(device: torch.device) -> dict:
     """Device, threads, memory, versions and commit of this process: plain types."""
     peak = (
-        torch.cuda.max_memory_allocated() / 2**20
+        torch.cuda.max_memory_allocated(device) / 2**20
         if device.type == "cuda"
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     )

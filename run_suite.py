@@ -363,7 +363,10 @@ def ablation_records(options: argparse.Namespace) -> list[tuple[Ablation, list[d
         records = collect(folder)
         wanted = dataclasses.asdict(make_config(row.model, row.preset, **row.settings))
         for record in records:
-            if any(wanted.get(name) != value for name, value in _settings(record).items()):
+            settings = _settings(record)
+            if "jpeg_quality" not in row.settings:
+                settings.pop("jpeg_quality", None)  # the data decides it
+            if any(wanted.get(name) != value for name, value in settings.items()):
                 raise InputError(
                     f"{folder} holds a run with other settings than the row {row.name!r} of "
                     f"{row.model} in the grid {options.ablations}; move it away"

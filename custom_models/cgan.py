@@ -11,7 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from custom_models.config import ModelConfig
-from custom_models.layers import init_dcgan, sides_down_to_four, transposed_convolutions
+from custom_models.layers import (
+    init_dcgan,
+    sides_down_to_four,
+    transposed_convolutions,
+    update,
+)
 
 
 @dataclass(frozen=True)
@@ -117,18 +122,14 @@ class Model(nn.Module):
         real_logits = self.discriminator(images, labels)
         fake_logits = self.discriminator(fakes, labels)
         loss_d = F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
-        optimizers["discriminator"].zero_grad(set_to_none=True)
-        loss_d.backward()
-        optimizers["discriminator"].step()
+        update(optimizers["discriminator"], loss_d)
 
         # The generator maximises log D(G(z|y)), whose gradient does not vanish while the
         # discriminator is winning (Goodfellow et al. 2014, section 3).
         self.discriminator.requires_grad_(False)
         logits = self.discriminator(self.generator(self.latents(n, device), labels), labels)
         loss_g = F.softplus(-logits).mean()
-        optimizers["generator"].zero_grad(set_to_none=True)
-        loss_g.backward()
-        optimizers["generator"].step()
+        update(optimizers["generator"], loss_g)
         self.discriminator.requires_grad_(True)
         return {
             "loss_d": loss_d,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from custom_models import jpeg_vae
 from custom_models.config import ModelConfig
+from custom_models.layers import update
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Model(nn.Module):
     def training_step(self, images: Tensor, labels: Tensor, optimizers: dict) -> dict[str, Tensor]:
         """One update by the negative evidence lower bound. images: [-1, 1], [N, C, S, S]."""
         condition = self.condition(labels)
-        mean, log_variance = self.encoder(images, condition)
+        mean, log_variance = (part.float() for part in self.encoder(images, condition))
         # Reparameterisation, section 2.4: z = μ + σ ε.
         latents = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
         logits = self.decoder(latents, condition)
@@ -122,9 +123,7 @@ class Model(nn.Module):
         kl = -0.5 * (1 + log_variance - mean**2 - log_variance.exp()).sum(1).mean()
         loss = reconstruction + self.config.kl_weight * kl
 
-        optimizers["adam"].zero_grad(set_to_none=True)
-        loss.backward()
-        optimizers["adam"].step()
+        update(optimizers["adam"], loss)
         return {"loss": loss, "reconstruction": reconstruction, "kl": kl}
 
     @torch.no_grad()

@@ -12,7 +12,12 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from custom_models import residual_cwgan_gp
 from custom_models.config import ModelConfig
-from custom_models.layers import init_dcgan, sides_down_to_four, transposed_convolutions
+from custom_models.layers import (
+    init_dcgan,
+    sides_down_to_four,
+    transposed_convolutions,
+    update,
+)
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,7 @@ class Critic(nn.Module):
 
 class Model(nn.Module):
     conditional = True
+    penalised = ("critic",)  # the networks whose gradient is part of a loss
 
     def __init__(self, config: Config):
         super().__init__()
@@ -139,20 +145,17 @@ class Model(nn.Module):
             with torch.no_grad():
                 fakes = self.generator(self.latents(len(reals), reals.device), classes)
             # Equation (3): E[f(G(z))] - E[f(x)] + λ E[(‖∇f(x̂)‖₂ - 1)²].
-            wasserstein = self.critic(reals, classes).mean() - self.critic(fakes, classes).mean()
+            scores = self.critic(reals, classes).float(), self.critic(fakes, classes).float()
+            wasserstein = scores[0].mean() - scores[1].mean()
             penalty = self.gradient_norm_penalty(reals, fakes, classes)
             loss_critic = -wasserstein + self.config.gradient_penalty * penalty
-            optimizers["critic"].zero_grad(set_to_none=True)
-            loss_critic.backward()
-            optimizers["critic"].step()
+            update(optimizers["critic"], loss_critic)
             logged.append(torch.stack([loss_critic, wasserstein, penalty]).detach())
 
         self.critic.requires_grad_(False)
         fakes = self.generator(self.latents(len(classes), reals.device), classes)
-        loss_generator = -self.critic(fakes, classes).mean()
-        optimizers["generator"].zero_grad(set_to_none=True)
-        loss_generator.backward()
-        optimizers["generator"].step()
+        loss_generator = -self.critic(fakes, classes).float().mean()
+        update(optimizers["generator"], loss_generator)
         self.critic.requires_grad_(True)
 
         loss_critic, wasserstein, penalty = torch.stack(logged).mean(0)

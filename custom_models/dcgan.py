@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from custom_models import r3gan
 from custom_models.config import ModelConfig
-from custom_models.layers import init_dcgan
+from custom_models.layers import init_dcgan, update
 
 
 @dataclass(frozen=True)
@@ -135,18 +135,14 @@ class Model(nn.Module):
         real_logits, fake_logits = self.discriminator(images), self.discriminator(fakes)
         loss_d = _cross_entropy(real_logits, config.real_label)
         loss_d = loss_d + _cross_entropy(fake_logits, config.fake_label)
-        optimizers["discriminator"].zero_grad(set_to_none=True)
-        loss_d.backward()
-        optimizers["discriminator"].step()
+        update(optimizers["discriminator"], loss_d)
 
         # Generator: maximise log D(G(z)), the non-saturating form of section 3.
         self.discriminator.requires_grad_(False)
         for _ in range(config.generator_steps):
             logits = self.discriminator(self.generator(self.latents(n, images.device)))
             loss_g = _cross_entropy(logits, config.real_label)
-            optimizers["generator"].zero_grad(set_to_none=True)
-            loss_g.backward()
-            optimizers["generator"].step()
+            update(optimizers["generator"], loss_g)
         self.discriminator.requires_grad_(True)
         return {
             "loss_d": loss_d,
@@ -163,4 +159,5 @@ class Model(nn.Module):
 
 
 def _cross_entropy(logits: Tensor, target: float) -> Tensor:
+    logits = logits.float()  # bfloat16 would round the target
     return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from custom_models import edm
 from custom_models.config import ModelConfig
+from custom_models.layers import update
 
 
 @dataclass(frozen=True)
@@ -159,9 +160,7 @@ class Model(nn.Module):
         noise = torch.randn_like(images)
         predicted = self.unet(self.diffuse(images, timesteps, noise), timesteps)
         loss = F.mse_loss(predicted.float(), noise)
-        optimizers["adam"].zero_grad(set_to_none=True)
-        loss.backward()
-        optimizers["adam"].step()
+        update(optimizers["adam"], loss)
         return {"loss": loss}
 
     @torch.no_grad()

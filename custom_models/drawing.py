@@ -40,11 +40,20 @@ IN_GRID = 8  # of each class
 
 
 def as_kept(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights as they are kept on the disk: in float16, whole numbers as they are."""
-    return {
+    """Weights as they are kept on the disk: in float16, whole numbers as they are.
+
+    Raises InputError for a weight that float16 can't hold.
+    """
+    kept = {
         name: value.half() if value.is_floating_point() else value.clone()
         for name, value in state.items()
     }
+    for name, value in kept.items():
+        if not value.isfinite().all():
+            raise InputError(
+                f"{name} has weights beyond what float16 holds, 65,504; lower the learning rate"
+            )
+    return kept
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, dict]:

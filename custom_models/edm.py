@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from custom_models.config import ModelConfig
-from custom_models.layers import JPEG
+from custom_models.layers import JPEG, update
 from custom_models.samplers import SAMPLERS, evaluations, karras_sigmas
 
 
@@ -343,9 +343,7 @@ class Model(nn.Module):
         group["lr"] = self.config.lr * warmth
         images, augmentation = augment(images, self.config.augment_probability)
         loss = self.loss(images, self.drop_labels(labels), augmentation)
-        adam.zero_grad(set_to_none=True)
-        loss.backward()
-        adam.step()
+        update(adam, loss)
         return {"loss": loss}
 
     def evaluations(self) -> int:

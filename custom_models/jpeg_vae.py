@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from custom_models.config import ModelConfig
-from custom_models.layers import JPEG, ResidualBlock
+from custom_models.layers import JPEG, ResidualBlock, update
+from utils import to_model_range
 
 
 @dataclass(frozen=True)
@@ -171,25 +172,21 @@ class Model(nn.Module):
         warmth = (self.images_seen / max(1, config.kl_warmup_images)).clamp(max=1)
         loss = reconstruction + warmth * config.kl_weight * kl
 
-        optimizers["adam"].zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters(), 1000.0)  # one odd image in a batch
-        optimizers["adam"].step()
+        update(optimizers["adam"], loss, largest_norm=1000.0)  # for one odd image in a batch
         return {"loss": loss, "reconstruction": reconstruction, "kl": kl}
 
     @torch.no_grad()
     def fit_prior(self, images: Tensor, labels: Tensor) -> None:
         """Fit each class's Gaussian to the latents of its training cells, if so configured.
 
-        images: [-1, 1], [N, 3, S, S]. A class without cells keeps what it has.
+        images: uint8 [N, 3, S, S], of which a few at a time are made float32. A class without
+        cells keeps what it has.
         """
         if not self.config.fitted_prior:
             return
         parts = zip(images.split(256), self.condition(labels).split(256), strict=True)
-        means, log_variances = (
-            torch.cat(part).double()
-            for part in zip(*(self.encoder(*part) for part in parts), strict=True)
-        )
+        latents = [self.encoder(to_model_range(part), told) for part, told in parts]
+        means, log_variances = (torch.cat(part).double() for part in zip(*latents, strict=True))
         for label in labels.unique().tolist():
             mean, variance = means[labels == label], log_variances[labels == label].exp()
             # Of a mixture of Gaussians, one for each cell: their spread and that of their means.

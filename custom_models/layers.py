@@ -1,4 +1,4 @@
-"""Layers and initial values that more than one model uses."""
+"""Layers, initial values and the update that more than one model uses."""
 
 import math
 
@@ -35,6 +35,23 @@ def init_dcgan(module: nn.Module) -> None:
     elif isinstance(module, nn.BatchNorm2d):
         nn.init.normal_(module.weight, 1.0, 0.02)
         nn.init.zeros_(module.bias)
+
+
+def update(
+    optimizer: torch.optim.Optimizer, loss: Tensor, largest_norm: float | None = None
+) -> None:
+    """One step of the optimizer down the gradient of the loss, a tensor without dimensions.
+
+    largest_norm: to which longer gradients are shortened. Outside autocast, which would round the
+    second derivative of a gradient penalty.
+    """
+    with torch.autocast(loss.device.type, enabled=False):
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if largest_norm is not None:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, largest_norm)
+        optimizer.step()
 
 
 def sides_down_to_four(image_size: int) -> list[int]:

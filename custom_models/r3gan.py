@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from custom_models.config import ModelConfig
-from custom_models.layers import JPEG, ResidualBlock
+from custom_models.layers import JPEG, ResidualBlock, update
 from utils import random_flips_and_turns
 
 
@@ -106,6 +106,7 @@ class Discriminator(nn.Module):
 
 class Model(nn.Module):
     conditional = False
+    penalised = ("discriminator",)  # the networks whose gradient is part of a loss
 
     def __init__(self, config: Config):
         super().__init__()
@@ -148,17 +149,13 @@ class Model(nn.Module):
                 # E ‖∇D(x)‖² on real images and on generated ones; the sign is squared away.
                 gradients = torch.autograd.grad(margin.sum(), [x, y], create_graph=True)
                 r1, r2 = (config.penalty_interval * (g**2).sum((1, 2, 3)).mean() for g in gradients)
-        optimizers["discriminator"].zero_grad(set_to_none=True)
-        (loss_d + self.gamma(n) / 2 * (r1 + r2)).backward()
-        optimizers["discriminator"].step()
+        update(optimizers["discriminator"], loss_d + self.gamma(n) / 2 * (r1 + r2))
 
         self.discriminator.requires_grad_(False)
         real = self.discriminator(images)
         fake = self.discriminator(self.generator(self.latents(n, images.device)))
         loss_g = F.softplus((real - fake).float()).mean()
-        optimizers["generator"].zero_grad(set_to_none=True)
-        loss_g.backward()
-        optimizers["generator"].step()
+        update(optimizers["generator"], loss_g)
         self.discriminator.requires_grad_(True)
         return {"loss_d": loss_d, "loss_g": loss_g, "margin": margin.mean(), "r1": r1, "r2": r2}
 

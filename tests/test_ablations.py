@@ -332,6 +332,14 @@ def test_the_suites_runs_are_the_baseline(suite, monkeypatch):
     assert executed and all("Latent" in name or "ratio" in name for name in executed)
 
 
+def test_a_quality_that_the_data_decides_is_no_other_setting(suite, monkeypatch):
+    """Drawn cells were not stored as JPEG, so that runs on them have another jpeg_quality."""
+    grid = Ablation("ours", "dcgan", "best"), Ablation("short", "dcgan", "best", {"epochs": 1})
+    monkeypatch.setitem(GRIDS, "tiny", grid)
+    assert suite("--ablations", "tiny")[0] == 0
+    assert suite("--ablations", "tiny") == (0, [])
+
+
 def test_narrowed_to_a_model_the_table_keeps_all_rows(suite, tmp_path):
     code, executed = suite("--ablations", "tiny", "--models", "dcgan")
     assert code == 0 and len(executed) == 4

@@ -13,6 +13,7 @@ from torch.distributions import Normal, kl_divergence
 from custom_models import jpeg_vae
 from custom_models.jpeg_vae import log_likelihood
 from custom_models.layers import JPEG
+from utils import to_model_range, to_uint8
 
 TINY = dataclasses.replace(jpeg_vae.Config(), channels=(8, 8, 16), latent_dim=4, batch_size=16)
 
@@ -237,9 +238,10 @@ def test_at_temperature_zero_the_noise_changes_nothing(monkeypatch):
 def test_the_fitted_prior_has_the_moments_of_each_class_s_latents():
     model, (images, _) = build(latent_dim=2), batch(600)
     labels = torch.arange(600) % 3  # five classes have no cell
-    model.fit_prior(images, labels)
+    cells = to_uint8(images)
+    model.fit_prior(cells, labels)
     with torch.no_grad():
-        mean, log_variance = model.encoder(images, model.condition(labels))
+        mean, log_variance = model.encoder(to_model_range(cells), model.condition(labels))
     for label in range(3):
         draws = mean[labels == label] + (0.5 * log_variance[labels == label]).exp() * torch.randn(
             400, 200, 2, generator=noise()
@@ -269,7 +271,7 @@ def test_samples_come_from_the_prior_of_their_class(monkeypatch):
 
 def test_without_a_fitted_prior_latents_stay_normal():
     model, (images, labels) = build(fitted_prior=False), batch()
-    model.fit_prior(images, labels)
+    model.fit_prior(to_uint8(images), labels)
     assert not model.prior_mean.any()
     assert torch.equal(model.prior_factor[0], torch.eye(4))
 

@@ -364,6 +364,20 @@ def test_compiling_changes_no_key(make):
     assert plain.load_checkpoint()
 
 
+@pytest.mark.parametrize(
+    ("name", "preset", "compiled"),
+    [
+        ("cwgan_gp", "quick", {"generator": True, "critic": False}),
+        ("cwgan_gp", "best", {"generator": True, "critic": False}),
+        ("dcgan", "best", {"generator": True, "discriminator": False}),
+        ("dcgan", "quick", {"generator": True, "discriminator": True}),
+    ],
+)
+def test_a_network_with_a_gradient_penalty_is_not_compiled(name, preset, compiled, make):
+    networks = dict(make(name, preset=preset, compile=True).model.named_children())
+    assert compiled == {key: n._compiled_call_impl is not None for key, n in networks.items()}
+
+
 @pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])
 def test_a_truncated_checkpoint_is_bad_input_and_stays(share, make, trained, bad_input):
     path = trained.checkpoint_path
@@ -567,6 +581,21 @@ def test_the_mean_is_sampled_and_the_raw_weights_stay_available(name, make):
     assert torch.equal(plain.sample(labels, raw=True), raw)
     # The kept weights are rounded.
     assert (plain.sample(labels).int() - raw.int()).abs().float().mean() < 1
+
+
+def test_without_a_validation_split_the_last_step_is_kept(make):
+    sets = {"train": make().sets["train"]}
+    pipeline = make("ddpm", sets=sets)
+    pipeline.train()
+    assert pipeline.config.validation_epochs == 0 and pipeline.best is None
+    assert pipeline.sample(torch.arange(8)).dtype == torch.uint8
+
+
+def test_weights_beyond_float16_are_refused(trained, bad_input):
+    with torch.no_grad():
+        trained.model.encoder.mean.bias[0] = 1e5
+    with bad_input("encoder.mean.bias", "float16", "lower the learning rate"):
+        trained.save_weights()
 
 
 def test_the_step_with_the_lowest_validation_kid_is_kept(make, monkeypatch):

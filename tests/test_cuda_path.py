@@ -1,0 +1,88 @@
+"""The path of a GPU on a machine without one: fake tensors know their device, dtype and shape.
+
+An operation on tensors of two devices fails on them as it would on a GPU, and so does reading one
+of their values, for which a GPU would have to be waited for.
+"""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from custom_models import MODELS, layers, make_config
+from utils import random_flips_and_turns, to_model_range, to_uint8
+
+PRESETS = [(name, preset) for name, module in MODELS.items() for preset in module.PRESETS]
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Fake tensors, whose gradients are zeros: the real ones need a GPU's driver."""
+
+    def grad(outputs, inputs, **_):
+        inputs = [inputs] if isinstance(inputs, torch.Tensor) else inputs
+        return tuple(torch.zeros_like(part) for part in inputs)
+
+    def update(optimizer, loss, largest_norm=None):
+        assert loss.device.type == "cuda" and loss.dtype == torch.float32 and loss.ndim == 0
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+
+    monkeypatch.setattr(torch.autograd, "grad", grad)
+    for module in {type(p).__module__ for m in MODELS.values() for p in m.PRESETS.values()}:
+        monkeypatch.setattr(f"{module}.update", update, raising=False)
+    with FakeTensorMode():
+        yield
+
+
+def on_gpu(config) -> torch.nn.Module:
+    with torch.device("cuda"):  # without it every new tensor is the CPU's, as in a real run
+        model = config.build()
+    if hasattr(model, "steps"):
+        # R3GAN reads its own count of steps, the one value that a training step waits for.
+        del model.steps
+        model.steps = 0
+    return model
+
+
+@pytest.mark.parametrize(("name", "preset"), PRESETS)
+def test_a_training_step_stays_on_the_gpu_and_never_waits_for_it(name, preset, fake):
+    config = make_config(name, preset)
+    model = on_gpu(config)
+    optimizers, n, side = model.optimizers(), config.images_per_step, config.image_size
+    images = torch.zeros(n, config.image_channels, side, side, dtype=torch.uint8, device="cuda")
+    labels = torch.zeros(n, dtype=torch.int64, device="cuda")
+    for _ in range(2):  # penalties may come every second step
+        reals = random_flips_and_turns(to_model_range(images))
+        logged = model.training_step(reals, labels, optimizers)
+        assert {value.device.type for value in logged.values()} == {"cuda"}
+
+
+@pytest.mark.parametrize(("name", "preset"), [p for p in PRESETS if p[0] not in ("ddpm", "cvae")])
+def test_samples_are_drawn_on_the_gpu(name, preset, fake):
+    config = make_config(name, preset)
+    labels = torch.zeros(5, dtype=torch.int64, device="cuda")
+    images = to_uint8(on_gpu(config).eval().sample(labels, None))
+    assert images.device.type == "cuda" and images.dtype == torch.uint8
+    assert images.shape == (5, config.image_channels, config.image_size, config.image_size)
+
+
+def test_a_tensor_of_another_device_is_found(fake):
+    with pytest.raises(RuntimeError, match="device"):
+        torch.zeros(2, device="cuda") + torch.zeros(2)
+    with pytest.raises(DataDependentOutputException):
+        torch.zeros(2, device="cuda").sum().item()
+
+
+def test_an_update_is_outside_autocast(monkeypatch):
+    """As the second derivative of a penalty must be; the CPU's autocast shows it as well."""
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer, seen = torch.optim.SGD([weight], lr=0.5), []
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = (weight @ weight).float().sum()
+        loss.register_hook(lambda _: seen.append(torch.is_autocast_enabled("cpu")))
+        layers.update(optimizer, loss, largest_norm=1.0)
+    assert seen == [False]
+    # All entries have the gradient 4, a norm of 8 that is shortened to 1.
+    assert torch.allclose(weight, torch.full((2, 2), 1 - 0.5 * 0.5), atol=1e-6)
