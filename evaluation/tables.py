@@ -16,7 +16,9 @@ from utils import ImageSet, InputError, exit_on_bad_input, find_duplicates, writ
 BUDGETS = ("full", "reduced", "quick")
 REDUCED_SEEDS = 3
 RECOGNISED = 0.8  # share of a conditional model's samples
-FLAT = 0.05  # change from one fifth of a training to the next, of the curve's whole range
+# Change of a curve's mean from the last fifth but one to the last: a share of that mean, or of the
+# curve's whole range for one that ends near zero.
+FLAT, FLAT_OF_RANGE = 0.05, 0.001
 FIELDS = (
     "model",
     "preset",
@@ -34,20 +36,32 @@ FIELDS = (
 
 @dataclass(frozen=True)
 class Column:
-    """One metric of a table: its name, where it stands in a run's metrics, how it is shown."""
+    """One metric of a table: its name, where it stands in a run's metrics, how it is shown.
+
+    error, interval: where its standard error within a run, or its 95 % interval, stands.
+    """
 
     name: str
     path: tuple[str, ...]
     title: str
     mean_format: str
     sd_format: str
+    error: tuple[str, ...] = ()
+    interval: tuple[str, ...] = ()
 
 
 # The first column's title is the distance's own name, which says whose features they are.
 QUALITY = (
     Column("frechet", ("frechet_distance",), "", ".1f", ".1f"),
-    Column("frechet_infinity", ("frechet_infinity", "value"), "FD∞", ".1f", ".1f"),
-    Column("kid", ("kid",), "KID", ".4g", ".2g"),
+    Column(
+        "frechet_infinity",
+        ("frechet_infinity", "value"),
+        "FD∞",
+        ".1f",
+        ".1f",
+        error=("frechet_infinity", "standard_error"),
+    ),
+    Column("kid", ("kid",), "KID", ".4g", ".2g", error=("kid_standard_error",)),
     Column("precision", ("precision",), "Precision", ".3f", ".3f"),
     Column("recall", ("recall",), "Recall", ".3f", ".3f"),
     Column("density", ("density",), "Density", ".3f", ".3f"),
@@ -56,13 +70,21 @@ QUALITY = (
 TRUST = (
     Column("domain_frechet", ("domain", "frechet_distance"), "FD (domain)", ".2f", ".2f"),
     Column("agreement", ("agreement", "agreement"), "Class agreement", ".3f", ".3f"),
-    Column("train_share", ("copies", "features", "train_share"), "Nearer to train", ".3f", ".3f"),
+    Column(
+        "train_share",
+        ("copies", "features", "train_share"),
+        "Nearer to train",
+        ".3f",
+        ".3f",
+        interval=("copies", "features", "train_share_interval"),
+    ),
     Column(
         "train_share_pixels",
         ("copies", "pixels", "train_share"),
         "Nearer to train (pixels)",
         ".3f",
         ".3f",
+        interval=("copies", "pixels", "train_share_interval"),
     ),
     Column("copied_share", ("copies", "pixels", "copied_share"), "Copies", ".2%", ".2%"),
     Column("authpct", ("copies", "authpct"), "AuthPct", ".1f", ".1f"),
@@ -70,6 +92,7 @@ TRUST = (
 )
 COLUMNS = QUALITY + TRUST
 ABLATION = tuple(c for c in QUALITY if c.name in ("frechet", "kid", "precision", "recall"))
+REAL = "real cells (held out)"
 PER_CLASS = ("kid", "precision", "recall", "agreement")
 
 
@@ -87,10 +110,18 @@ def split_by_budget(records: list[dict]) -> dict[str, list[dict]]:
     return {budget: [r for r in records if r["budget"] == budget] for budget in BUDGETS}
 
 
+def floor_of(records: list[dict]) -> dict:
+    """What held-out real cells get, from the record that knows most of it.
+
+    Records from before a metric was added lack it in their floor, too.
+    """
+    return max((record["metrics"]["floor"] for record in records), key=len)
+
+
 def results_table(records: list[dict], floor: dict | None = None) -> list[dict]:
     """One row for each model and preset, its distances as mean ± sd (ddof = 1) over seeds.
 
-    records: of one budget and one protocol; floor: what `protocol.floor` returned, the first row.
+    records: of one budget and one protocol; floor: as `floor_of` returns it, the first row.
     The rows are sorted by Fréchet distance, by KID where the images are too few for the former
     (it is None then). A number that may not be shown is None, and `note` says why; one that a run
     of the row lacks is None, too. Raises InputError for mixed budgets, protocols or configurations
@@ -139,13 +170,13 @@ def write_rows(rows: list[dict], text: str, stem: str | Path) -> None:
     write_atomically(f"{stem}.md", lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def per_class_table(records: list[dict]) -> list[dict]:
+def per_class_table(records: list[dict], floor: dict | None = None) -> list[dict]:
     """One row for each conditional model, preset and class: mean and sd over seeds.
 
-    records: as for `results_table`. KID, precision and recall are those of the class against the
-    real cells of that class, with n_real and n_fake; agreement is a classifier's. Empty
-    where no model is conditional; runs at a reduced budget that may not be shown are left out. A
-    number that a run lacks is None.
+    records, floor: as for `results_table`. KID, precision and recall are those of the class against
+    the real cells of that class, with n_real and n_fake; agreement is a classifier's. Empty where
+    no model is conditional; runs at a reduced budget that may not be shown are left out. A number
+    that a run lacks is None. Raises InputError for mixed protocols.
     """
     runs, groups = defaultdict(list), defaultdict(list)
     for record in records:
@@ -155,29 +186,40 @@ def per_class_table(records: list[dict]) -> list[dict]:
             continue
         for record in group:
             for place, row in enumerate(record["metrics"].get("per_class", [])):
-                groups[model, preset, place].append((record, row))
-    rows = []
-    for (model, preset, _), group in groups.items():
-        kind, first = group[0][1]["class"], group[0][0]["metrics"]
-        path = ("agreement", "per_class", kind, "agreement")
-        values = {
-            **{name: [row[name] for _, row in group] for name in ("kid", "precision", "recall")},
-            "agreement": [_at(record["metrics"], path) for record, _ in group],
-        }
-        counts = {name: group[0][1][name] for name in ("n_real", "n_fake")}
-        means = {}
-        for name, column in values.items():
-            means |= _mean_and_sd(name, column)
-        rows.append(
-            {"model": model, "preset": preset, "class": kind}
-            | {"seeds": len(group), **counts, **means}
-            | {
-                "n_agreement": _at(first, (*path[:-1], "n")),
-                "extractor": first["protocol"]["extractor"],
-                "protocol": Protocol(**first["protocol"]).key(),
-            }
-        )
-    return rows
+                groups[model, preset, place].append((record["metrics"], row))
+    if not groups:
+        return []
+    if floor:
+        for place, row in enumerate(floor["per_class"]):
+            groups[REAL, "", place].append((floor, row))
+    _check_same_protocol([metrics for group in groups.values() for metrics, _ in group])
+    order = [key for key in groups if key[0] == REAL] + [key for key in groups if key[0] != REAL]
+    return [_class_row(*key[:2], groups[key]) for key in order]
+
+
+def _class_row(model: str, preset: str, group: list[tuple[dict, dict]]) -> dict:
+    """group: the metrics of each run, and among them those of one class."""
+    first, (kind, n_real, n_fake) = group[0][0], _of(group[0][1], "class", "n_real", "n_fake")
+    path = ("agreement", "per_class", kind, "agreement")
+    means = _mean_and_sd("agreement", [_at(metrics, path) for metrics, _ in group])
+    for name in ("kid", "precision", "recall"):
+        means |= _mean_and_sd(name, [row[name] for _, row in group])
+    return {
+        "model": model,
+        "preset": preset,
+        "class": kind,
+        "seeds": None if model == REAL else len(group),
+        "n_real": n_real,
+        "n_fake": n_fake,
+        **means,
+        "n_agreement": _at(first, (*path[:-1], "n")),
+        "extractor": first["protocol"]["extractor"],
+        "protocol": Protocol(**first["protocol"]).key(),
+    }
+
+
+def _of(row: dict, *names: str) -> tuple:
+    return tuple(row[name] for name in names)
 
 
 def write_per_class_table(rows: list[dict], folder: str | Path, stem: str) -> None:
@@ -191,7 +233,7 @@ def write_per_class_table(rows: list[dict], folder: str | Path, stem: str) -> No
     for row in rows:
         cells = " | ".join(_cell(row, column) for column in columns)
         lines.append(
-            f"| {row['model']} | {row['preset']} | {row['class']} | {row['seeds']} "
+            f"| {row['model']} | {row['preset'] or '–'} | {row['class']} | {row['seeds'] or '–'} "
             f"| {row['n_real']:,} | {row['n_fake']:,} | {cells} |"
         )
     lines += [
@@ -199,7 +241,8 @@ def write_per_class_table(rows: list[dict], folder: str | Path, stem: str) -> No
         "KID, precision and recall: images of a class against the train cells of that class, on "
         f"features of {rows[0]['extractor']}; mean ± sd over seeds; protocol "
         f"{rows[0]['protocol']}. Agreement: how often a classifier of real train cells names the "
-        "class that was asked for, among images with the test split's frequencies. Fréchet "
+        "class that was asked for, or the class of a real test cell, among images with the test "
+        "split's frequencies. Fréchet "
         "distances are left out: the classes have too few images for them.",
     ]
     write_rows(rows, "\n".join(lines) + "\n", Path(folder) / stem)
@@ -309,14 +352,10 @@ def metrics_table(metrics: dict) -> str:
         "| | these images | held-out real cells (floor) |",
         "|---|---:|---:|",
         f"| {name} | {_with_interval(metrics)} | {_with_interval(floor)} |",
-        f"| KID | {_number(metrics['kid'], '.4g')} "
-        f"± {_number(metrics['kid_standard_error'], '.2g')} | {_number(floor['kid'], '.4g')} |",
     ]
-    for column in COLUMNS:
-        if column.name in ("frechet", "kid"):
-            continue
-        value, lowest = (_number(_at(m, column.path), column.mean_format) for m in (metrics, floor))
-        if value != "–":
+    for column in COLUMNS[1:]:
+        value, lowest = (_measured(m, column) for m in (metrics, floor))
+        if value != "–" or column.name == "kid":
             lines.append(f"| {column.title} | {value} | {lowest} |")
     if "mean_colour_error" in metrics:
         lines.append(f"| mean colour error, of 255 | {metrics['mean_colour_error']:.2f} | |")
@@ -330,6 +369,17 @@ def metrics_table(metrics: dict) -> str:
     return "\n".join(lines) + "\n\n" + " ".join(words)
 
 
+def _measured(metrics: dict, column: Column) -> str:
+    """A metric with its standard error or interval within the run, where it has one."""
+    text = _number(_at(metrics, column.path), column.mean_format)
+    error, interval = _at(metrics, column.error), _at(metrics, column.interval)
+    if isinstance(error, float):
+        text += f" ± {error:{column.sd_format}}"
+    if isinstance(interval, list):
+        text += " ({:.2f} to {:.2f})".format(*interval)
+    return text
+
+
 def _with_interval(metrics: dict) -> str:
     text = _number(metrics["frechet_distance"], ".1f")
     if not metrics.get("frechet_interval"):
@@ -338,9 +388,9 @@ def _with_interval(metrics: dict) -> str:
     return f"{text} ({low:.1f} to {high:.1f})"
 
 
-def _at(metrics: dict, path: tuple[str, ...]) -> float | None:
-    """The value at a path of keys; None where it was not measured."""
-    value = metrics
+def _at(metrics: dict, path: tuple[str, ...]):
+    """The value at a path of keys; None where it was not measured, and of no path."""
+    value = metrics if path else None
     for key in path:
         value = value.get(key) if isinstance(value, dict) else None
     return value
@@ -426,10 +476,24 @@ def _row(model: str, preset: str, dataset: str, group: list[dict]) -> dict:
         "seeds": len(group),
         **_means(shown),
         "copies_verdict": _verdict(shown),
+        "stored_as": _stored_as(group[0]["config"]),
         "images_seen": statistics.mean(record["images_seen"] for record in group),
         "seconds": statistics.mean(record["seconds"] for record in group),
+        "trained_on": "; ".join(sorted({_trained_on(record) for record in group})),
         "note": note,
     }
+
+
+def _stored_as(config: dict) -> str:
+    """How a model's images are stored before they are measured."""
+    quality = config.get("jpeg_quality")
+    return f"JPEG {quality}" if quality else "as drawn"
+
+
+def _trained_on(record: dict) -> str:
+    """Records from before the precision could be chosen have that of their device."""
+    usual = "float32" if record["device"].lower().startswith("cpu") else "bfloat16"
+    return f"{record['device']} in {record.get('precision', usual)}"
 
 
 def reduced_shortfall(group: list[dict]) -> str:
@@ -465,19 +529,22 @@ def _is_flat(history: list[dict], name: str) -> bool:
     if not fifth:
         return False
     last, before = values[-fifth:], values[-2 * fifth : -fifth]
-    change = abs(statistics.mean(last) - statistics.mean(before))
-    return change <= FLAT * (max(values) - min(values))
+    end = statistics.mean(last)
+    change = abs(end - statistics.mean(before))
+    return change <= max(FLAT * abs(end), FLAT_OF_RANGE * (max(values) - min(values)))
 
 
 def _floor_row(floor: dict) -> dict:
     protocol = Protocol(**floor["protocol"])
-    return _columns("real cells (held out)", "", protocol.dataset, floor) | {
+    return _columns(REAL, "", protocol.dataset, floor) | {
         "budget": "",
         "seeds": None,
         **_means([floor]),
         "copies_verdict": _verdict([floor]),
+        "stored_as": "",
         "images_seen": None,
         "seconds": None,
+        "trained_on": "",
         "note": protocol.frechet_warning,
     }
 
@@ -503,10 +570,17 @@ def _columns(model: str, preset: str, dataset: str, metrics: dict) -> dict:
 
 
 def _means(metrics: list[dict], columns: tuple[Column, ...] = COLUMNS) -> dict:
-    """Mean and sd of every column; None where a run lacks the metric."""
+    """Mean and sd of every column, with the means of its interval's ends where it has one.
+
+    None where a run lacks the metric.
+    """
     row = {}
     for column in columns:
         row |= _mean_and_sd(column.name, [_at(m, column.path) for m in metrics])
+        if column.interval:
+            ends = [_at(m, column.interval) for m in metrics]
+            means = [statistics.mean(end) for end in zip(*ends)] if None not in ends else []
+            row |= zip((f"{column.name}_low", f"{column.name}_high"), means or (None, None))
     return row
 
 
@@ -530,10 +604,10 @@ def _mean_and_sd(name: str, values: list[float | None]) -> dict:
 def _rules(row: dict) -> str:
     """The protocol that all rows of a table share, in words."""
     return (
-        f"{row['dataset']} at {row['image_size']} pixels: {row['n_fake']:,} images with "
-        f"{row['label_distribution']} against the {row['n_real']:,} of the "
-        f"{row['reference_split']} split; features of {row['extractor']} (sha256 "
-        f"{row['extractor_sha256'][:8]}); k = {row['k']}; mean ± sd over seeds; protocol "
+        f"{row['dataset']} at {row['image_size']} pixels: {row['n_fake']:,} images, of a model "
+        f"that can be asked for a class with {row['label_distribution']}, against the "
+        f"{row['n_real']:,} of the {row['reference_split']} split; features of {row['extractor']} "
+        f"(sha256 {row['extractor_sha256'][:8]}); k = {row['k']}; mean ± sd over seeds; protocol "
         f"{row['protocol']}."
     )
 
@@ -545,43 +619,64 @@ def _notes(rows: list[dict]) -> list[str]:
 
 
 def _markdown(rows: list[dict]) -> str:
-    parts = [_one_table(rows, QUALITY, rows[0]["distance_name"]), _rules(rows[0])]
+    jpeg = any(row["stored_as"].startswith("JPEG") for row in rows)
+    training = ("Images seen", "Stored as") if jpeg else ("Images seen",)
+    parts = [_one_table(rows, QUALITY, rows[0]["distance_name"], training), _rules(rows[0])]
+    parts += [STORED_WORDS] if jpeg else []
     trust = [c for c in TRUST if any(row[f"{c.name}_mean"] is not None for row in rows)]
     if trust:
         parts += ["Other eyes, classes and copies:", _one_table(rows, trust, verdict=True)]
         words = " ".join(TRUST_WORDS[c.name] for c in trust if c.name in TRUST_WORDS)
         parts.append(words.format(n_domain=max(row["n_domain"] or 0 for row in rows)))
+    machines = sorted({name for row in rows for name in row["trained_on"].split("; ") if name})
+    if len(machines) > 1:
+        parts.append(f"Not all were trained on the same device: {'; '.join(machines)}.")
     return "\n\n".join(parts + _notes(rows)) + "\n"
 
 
+STORED_WORDS = (
+    "Stored as: how the images were stored before they were measured. The data set's own cells are "
+    "JPEGs, whose traces a Fréchet distance sees, so rows that differ here differ for that reason, "
+    "too."
+)
 TRUST_WORDS = {
-    "domain_frechet": "FD (domain): on features of our own cell classifier, {n_domain:,} images "
-    "with validation frequencies against the test split.",
+    "domain_frechet": "FD (domain): on features of our own cell classifier, {n_domain:,} images, "
+    "with validation frequencies where they can be asked for, against the test split.",
     "agreement": "Class agreement: how often a classifier of real train cells names the class that "
     "was asked for.",
     "train_share": "Nearer to train: share of images nearer to a training cell than to a held-out "
-    "one, sets weighed as equally large; 0.5 for a generator that copies nothing. Where a few real "
-    "cells are nearest to most images, this share means little; the verdict, and the interval in "
-    "the record, take that into account.",
+    "one, sets weighed as equally large; 0.5 for a generator that copies nothing. In parentheses: "
+    "the 95 % interval within a run, mean over runs, wide where a few real cells are nearest to "
+    "most images; it leaves out 0.5 for one in twenty generators that copy nothing, while the "
+    "verdict allows one false alarm in a thousand.",
     "copied_share": "Copies: share of images much closer to one training cell than to any others, "
     "in pixels, beyond what held-out cells lead to expect.",
     "authpct": "AuthPct: share of images not closer to a training cell than its nearest "
     "neighbour, in %; less than real cells' means copying, or blur.",
-    "ct": "C_T: below zero means copying.",
+    "ct": "C_T: below real cells' where images lie nearer to training cells than real ones do, by "
+    "copying or by blur; its regions, from k-means, move it by some tenths.",
 }
 
 
-def _one_table(rows: list[dict], columns, first_title: str = "", verdict: bool = False) -> str:
-    titles = [column.title or first_title for column in columns] + ["Verdict"] * verdict
+def _one_table(
+    rows: list[dict],
+    columns: tuple[Column, ...],
+    first_title: str = "",
+    training: tuple[str, ...] = (),
+    verdict: bool = False,
+) -> str:
+    titles = [*training, *(column.title or first_title for column in columns)]
     lines = [
-        f"| Model | Preset | Seeds | {' | '.join(titles)} |",
-        "|---|---|---:|" + "---:|" * len(columns) + "---|" * verdict,
+        f"| Model | Preset | Seeds | {' | '.join(titles + ['Verdict'] * verdict)} |",
+        "|---|---|---:|" + "---:|" * len(titles) + "---|" * verdict,
     ]
     for row in rows:
         seeds = "–" if row["seeds"] is None else row["seeds"]
         cells = [_cell(row, column) for column in columns]
         if row["note"].startswith("not measured"):
             cells[0] = row["note"]
+        about = {"Images seen": _number(row["images_seen"], ",.0f"), "Stored as": row["stored_as"]}
+        cells = [*(about[title] or "–" for title in training), *cells]
         text = " | ".join(cells + [row["copies_verdict"] or "–"] * verdict)
         lines.append(f"| {row['model']} | {row['preset'] or '–'} | {seeds} | {text} |")
     return "\n".join(lines)
@@ -592,9 +687,11 @@ def _cell(row: dict, column: Column) -> str:
     if mean is None:
         return "–"
     text = f"{mean:{column.mean_format}}"
-    if row["seeds"] is None:
-        return text
-    return f"{text} ± –" if sd is None else f"{text} ± {sd:{column.sd_format}}"
+    if row["seeds"] is not None:
+        text += " ± –" if sd is None else f" ± {sd:{column.sd_format}}"
+    if row.get(f"{column.name}_low") is not None:
+        text += f" ({row[f'{column.name}_low']:.2f} to {row[f'{column.name}_high']:.2f})"
+    return text
 
 
 README_START, README_END = "<!-- results:", "<!-- end of results -->"

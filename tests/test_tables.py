@@ -10,6 +10,7 @@ from evaluation.protocol import Protocol
 from evaluation.tables import (
     COLUMNS,
     collect,
+    floor_of,
     metrics_table,
     per_class_table,
     results_table,
@@ -172,6 +173,18 @@ def test_a_reduced_run_that_still_learns_is_not_shown(change, word):
     assert word in row["note"] and row["frechet_mean"] is None
 
 
+def test_a_steep_beginning_hides_no_slope_at_the_end():
+    """Of a KID that falls from 60, 4.1 to 3.6 is little; of itself it is a seventh."""
+    group = [record(seed, budget="reduced") for seed in range(3)]
+    kids = [60.0, 20.0, 9.0, 7.0, 6.0, 5.0, 4.2, 4.0, 3.7, 3.5]
+    rows = [row | {"validation_kid": kid} for row, kid in zip(FLAT, kids, strict=True)]
+    for one in group:
+        one["history"] = rows
+    assert "validation kid not flat" in results_table(group)[0]["note"]
+    rows[-2:] = [row | {"validation_kid": 4.0} for row in rows[-2:]]
+    assert results_table(group)[0]["note"] == ""
+
+
 def test_the_loss_of_a_wasserstein_generator_may_drift():
     def note(**logged):
         group = [record(seed, budget="reduced") for seed in range(3)]
@@ -232,9 +245,9 @@ def test_one_run_beside_floor_and_ceiling():
     run["frechet_infinity"] = None
     text = metrics_table(run | {"floor": metrics(18.0, 0.001)})
     assert "| FID | 120.2 (118.2 to 122.2) | 18.0 (16.0 to 20.0) |" in text
-    assert "| KID | 0.25 ± 0.001 | 0.001 |" in text
+    assert "| KID | 0.25 ± 0.001 | 0.001 ± 0.001 |" in text
     assert "| Recall | 0.500 | 0.500 |" in text
-    assert "FD∞ |" not in text and "no FD∞: too few." in text
+    assert "| FD∞ | – | 13.0 ± 1.0 |" not in text and "no FD∞: too few." in text
     assert "300 for mean image, 400 for uniform noise" in text
 
 
@@ -266,6 +279,66 @@ def test_a_row_for_each_class_of_a_conditional_model(tmp_path):
     assert per_class_table(reduced) == []
 
 
+def test_real_cells_stand_above_the_classes(tmp_path):
+    one = {"n_real": 900, "kid": 0.5, "precision": 0.5, "recall": 0.25}
+    agreement = {"agreement": 0.9, "per_class": {"basophil": {"n": 5, "agreement": 0.75}}}
+    run, floor = record(0), metrics(18.0)
+    for found, n_fake in ((run["metrics"], 300), (floor, 365)):
+        found["per_class"] = [one | {"class": "basophil", "n_fake": n_fake}]
+        found["agreement"] = agreement
+    rows = per_class_table([run], floor)
+    assert [row["model"] for row in rows] == ["real cells (held out)", "ddpm"]
+    write_per_class_table(rows, tmp_path, "t")
+    text = (tmp_path / "t.md").read_text()
+    numbers = "0.500 | 0.500 | 0.250 | 0.750 |"
+    assert f"| real cells (held out) | – | basophil | – | 900 | 365 | {numbers}" in text
+    assert "| ddpm | best | basophil | 1 | 900 | 300 | 0.500 ± – |" in text
+    with pytest.raises(InputError, match=r"different protocols.*n_fake"):
+        per_class_table([run], floor | {"protocol": PROTOCOL | {"n_fake": 5000}})
+    assert per_class_table([record(0)], floor) == []
+
+
+def test_the_floor_is_that_of_the_record_that_knows_most():
+    old, new = {"kid": 1.0}, {"kid": 1.0, "copies": {}}
+    records = [record(seed) for seed in range(3)]
+    for one, floor in zip(records, (old, new, old), strict=True):
+        one["metrics"]["floor"] = floor
+    assert floor_of(records) is new
+
+
+def test_how_images_were_stored_is_a_column_where_it_differs(tmp_path):
+    ours = record(0, 60.0, config={"jpeg_quality": 75})
+    rows = results_table([ours, record(0, 90.0, preset="baseline")], metrics(18.0))
+    write_table(rows, tmp_path, "t")
+    text = (tmp_path / "t.md").read_text()
+    assert "| Seeds | Images seen | Stored as | FID |" in text
+    assert "| real cells (held out) | – | – | – | – | 18.0 |" in text
+    assert "| ddpm | best | 1 | 1,000 | JPEG 75 | 60.0 ± – |" in text
+    assert "| ddpm | baseline | 1 | 1,000 | as drawn | 90.0 ± – |" in text
+    assert "so rows that differ here differ for that reason, too." in text
+
+
+def test_a_share_stands_with_its_interval_within_a_run(tmp_path):
+    records = [record(seed) for seed in range(2)]
+    for one, share, ends in zip(records, (0.5, 0.6), ([0.4, 0.6], [0.5, 0.7]), strict=True):
+        found = {"train_share": share, "train_share_interval": ends}
+        one["metrics"]["copies"] = {"pixels": found, "verdict": "no sign of copies"}
+    rows = results_table(records)
+    assert rows[0]["train_share_pixels_low"] == pytest.approx(0.45)
+    assert rows[0]["train_share_low"] is None
+    write_table(rows, tmp_path, "t")
+    assert "0.550 ± 0.071 (0.45 to 0.65)" in (tmp_path / "t.md").read_text()
+
+
+def test_trainings_on_two_devices_are_told(tmp_path):
+    gpu = record(1, device="NVIDIA H200", precision="bfloat16")
+    write_table(results_table([record(0), gpu]), tmp_path, "t")
+    text = (tmp_path / "t.md").read_text()
+    assert "same device: NVIDIA H200 in bfloat16; cpu in float32." in text
+    write_table(results_table([record(0), record(1)]), tmp_path, "t")
+    assert "same device" not in (tmp_path / "t.md").read_text()
+
+
 def test_every_column_has_a_name_of_its_own():
     assert len({column.name for column in COLUMNS}) == len(COLUMNS)
     assert len({column.path for column in COLUMNS}) == len(COLUMNS)
@@ -282,7 +355,7 @@ def test_too_few_images_for_a_frechet_distance_leave_kid_alone(tmp_path):
     assert [r["kid_mean"] for r in rows] == [0.0001, 0.04, 0.07]
     write_table(rows, tmp_path, "few")
     text = (tmp_path / "few.md").read_text()
-    assert "| ddpm | best | 1 | – | – | 0.04 ± – | 0.750 ± – |" in text
+    assert "| ddpm | best | 1 | 1,000 | – | – | 0.04 ± – | 0.750 ± – |" in text
     assert "Fréchet distance at n = 400 in 2048 dimensions is dominated by sampling error." in text
 
 
@@ -298,14 +371,14 @@ def test_written_files(tmp_path):
     assert first["extractor_sha256"] == PROTOCOL["extractor_sha256"]
     lines = (tmp_path / "new" / "table.md").read_text(encoding="utf-8").splitlines()
     titles = "FID | FD∞ | KID | Precision | Recall | Density | Coverage"
-    assert lines[0] == f"| Model | Preset | Seeds | {titles} |"
+    assert lines[0] == f"| Model | Preset | Seeds | Images seen | {titles} |"
     four = "0.750 | 0.500 | 1.250 | 0.625"
     four_of_two = "0.750 ± 0.000 | 0.500 ± 0.000 | 1.250 ± 0.000 | 0.625 ± 0.000"
     four_of_one = "0.750 ± – | 0.500 ± – | 1.250 ± – | 0.625 ± –"
     assert lines[2:5] == [
-        f"| real cells (held out) | – | – | 18.0 | 13.0 | 0.0001 | {four} |",
-        f"| ddpm | best | 2 | 0.5 ± 0.2 | -4.5 ± 0.2 | 0.0005 ± 0.00024 | {four_of_two} |",
-        f"| cvae | best | 1 | 170.0 ± – | 165.0 ± – | 0.17 ± – | {four_of_one} |",
+        f"| real cells (held out) | – | – | – | 18.0 | 13.0 | 0.0001 | {four} |",
+        f"| ddpm | best | 2 | 1,000 | 0.5 ± 0.2 | -4.5 ± 0.2 | 0.0005 ± 0.00024 | {four_of_two} |",
+        f"| cvae | best | 1 | 1,000 | 170.0 ± – | 165.0 ± – | 0.17 ± – | {four_of_one} |",
     ]
     assert "5,133 images" in lines[6] and "11,959 of the train split" in lines[6]
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["table.csv", "table.md"]
@@ -319,8 +392,8 @@ def test_header_names_another_extractor_and_notes_stand_in_the_row(tmp_path):
     text = (tmp_path / "t.md").read_text(encoding="utf-8")
     assert "FD (GoogLeNet-1024)" in text and "FID" not in text
     note = "not measured (2 of 3 seeds)"
-    assert f"| ddpm | best | 2 | {note} | – | – | – | – | – | – |" in text
-    assert "100" not in text and "0.75" not in text
+    assert f"| ddpm | best | 2 | 1,000 | {note} | – | – | – | – | – | – |" in text
+    assert "100.0" not in text and "0.75" not in text
 
 
 def test_an_empty_table_is_refused(tmp_path):
