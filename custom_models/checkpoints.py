@@ -131,7 +131,7 @@ def ship(run: str | Path, out: str | Path, suffix: str = "") -> Path:
     record["checkpoint"] = {"file": path.name, "sha256": sha256, "bytes": len(data)}
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
     write_atomically(path.with_suffix(".json"), lambda p: p.write_text(text, encoding="utf-8"))
-    card = model_card(record)
+    card = model_card(record, [record, *_other_seeds(Path(run))])
     write_atomically(path.with_suffix(".md"), lambda p: p.write_text(card, encoding="utf-8"))
     return path
 
@@ -170,10 +170,16 @@ def _read_run(run: Path) -> tuple[dict[str, torch.Tensor], dict]:
     return kept["state"], record
 
 
-def model_card(record: dict) -> str:
+def _other_seeds(run: Path) -> list[dict]:
+    """Records of the other trainings of the run's model and preset."""
+    return [r for path in run.parent.glob("seed*") if path != run for r in tables.collect(path)]
+
+
+def model_card(record: dict, trainings: list[dict]) -> str:
     """What a shipped model is, was trained on, is worth and is for, as Markdown.
 
-    record: a run's record with `checkpoint` (file, sha256, bytes), as `ship` writes it.
+    record: a run's record with `checkpoint` (file, sha256, bytes), as `ship` writes it; trainings:
+    the records of all seeds.
     """
     model, preset, data, config = (record[key] for key in ("model", "preset", "dataset", "config"))
     classes = [row["class"] for row in record["metrics"]["floor"]["per_class"]]
@@ -187,6 +193,8 @@ def model_card(record: dict) -> str:
     )
     origin, limits = DATA[data["source"].partition(":")[0]]
     size, file = config["image_size"], record["checkpoint"]["file"]
+    shortfall = record["budget"] == "reduced" and tables.reduced_shortfall(trainings)
+    numbers = _no_numbers(shortfall) if shortfall else _numbers(record, trainings)
     return f"""# {model} {preset}
 
 {KINDS[model].capitalize()} for images of single blood cells, {size}×{size} pixels with
@@ -224,17 +232,36 @@ images = sample(model, class_balanced_labels({len(classes)}, 4), seed=0)  # uint
 
 ## Numbers
 
-Of one training, measured from the weights in this file on {record["measured"]["device"]}. The
-tables in the README say how much other seeds differ.
-{tables.run_table(record)}
-Such a distance holds for this protocol and these features alone. A search without a sign of copies
-is no proof that there are none: a few can go unseen. The record, `{Path(file).stem}.json`, holds
-all numbers. On another device or version of torch a seed's images may differ in their last bits.
+{numbers}
+The record, `{Path(file).stem}.json`, holds all that was measured of this training. On another
+device or version of torch a seed's images may differ in their last bits.
 
 ## Intended use and limits
 
 For research on generative models and on their evaluation. Not for diagnosis, and not in the place
 of patients' cells where a medical product is tested. {limits}
+"""
+
+
+def _no_numbers(shortfall: str) -> str:
+    return f"""A stand-in, trained at a reduced budget. A result of it would need more than there is
+so far ({shortfall}), so none is shown here.
+"""
+
+
+def _numbers(record: dict, trainings: list[dict]) -> str:
+    (row,) = tables.results_table(trainings)
+    others = "It is the only training so far, so how far others differ is not known."
+    if row["frechet_sd"] is not None:
+        others = (
+            f"Over {row['seeds']} trainings: {row['distance_name']} {row['frechet_mean']:.1f} ± "
+            f"{row['frechet_sd']:.1f} (mean ± sd)."
+        )
+    device = record["measured"]["device"]
+    return f"""Of one training, measured from the weights in this file on {device}. {others}
+{tables.run_table(record)}
+Such a distance holds for this protocol and these features alone. A search without a sign of copies
+is no proof that there are none: a few can go unseen.
 """
 
 

@@ -44,6 +44,8 @@ PICTURES = {
     "steps, and under guidance; the ring is what the preset uses.",
     "per_class.png": "Real cells beside generated ones, with each class's own distances.",
 }
+# They show distances of a run, which one at a reduced budget may not have.
+OF_MEASURED = ("frechet_infinity.png", "per_class.png", "per_class.md")
 STUDIES = {
     "bccd": "Few cells: BCCD, five folds",
     "imbalance": "Rare classes: a long tail of BloodMNIST, five subsamples",
@@ -147,11 +149,20 @@ def _run(results: Path, row: dict, folders: dict[int, Path]) -> list[str]:
     seed, folder = next(iter(folders.items()))
     record = _read(folder / "record.json")
     name = f"{row['model']} {row['preset']}, seed {seed}"
+    files = {
+        "notebook.ipynb": "explained and executed",
+        "record.json": "the record",
+        "per_class.md": "every class by itself",
+    }
+    pictures = dict(PICTURES)
     if row["note"].startswith("not measured"):
         numbers = [
             f"Numbers: {row['note']}. Budget: **{row['budget']}**, {record['images_seen']:,} "
             f"images seen in {record['seconds'] / 60:.1f} minutes on {record['device']}."
         ]
+        for file in OF_MEASURED:
+            files.pop(file, None)
+            pictures.pop(file, None)
     else:
         numbers = [run_table(record).strip()]
         if row["frechet_sd"] is not None:
@@ -159,11 +170,6 @@ def _run(results: Path, row: dict, folders: dict[int, Path]) -> list[str]:
                 f"Over {row['seeds']} trainings: {row['distance_name']} "
                 f"{row['frechet_mean']:.1f} ± {row['frechet_sd']:.1f} (mean ± sd)."
             )
-    files = {
-        "notebook.ipynb": "explained and executed",
-        "record.json": "the record",
-        "per_class.md": "every class by itself",
-    }
     return [
         f"## {_title(row)}",
         f"Seed {seed}: {_links(results, folder, files)}.",
@@ -175,7 +181,7 @@ def _run(results: Path, row: dict, folders: dict[int, Path]) -> list[str]:
         ),
         *numbers,
         *_progress(results, folder, name),
-        *_pictures(results, folder, PICTURES, name),
+        *_pictures(results, folder, pictures, name),
         *_other_seeds(results, folders, seed),
     ]
 

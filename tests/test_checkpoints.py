@@ -230,7 +230,8 @@ def test_every_model_and_data_set_has_its_words():
 @BOTH
 def test_the_cards_numbers_are_the_records(name, shipped):
     record = json.loads(shipped[name].with_suffix(".json").read_text())
-    card = shipped[name].with_suffix(".md").read_text()
+    record["budget"] = "full"  # one epoch is less than the preset has
+    card = checkpoints.model_card(record, [record])
     assert tables.run_table(record) in card  # metrics, floor, protocol, verdict on copies
     assert record["metrics"]["copies"]["verdict"] in card
     for number in (record["images_seen"], record["parameters"], record["dataset"]["n"]):
@@ -264,15 +265,45 @@ CHANGED = {
 def test_another_record_gives_another_card(name, shipped, tmp_path):
     (path, value, words) = CHANGED[name]
     file = Path(shutil.copy(shipped["cvae"].with_suffix(".json"), tmp_path / "record.json"))
-    assert words not in checkpoints.model_card(json.loads(file.read_text()))
+    if path != ("budget",):
+        edit_record(tmp_path, ("budget",), "full")
+    before = json.loads(file.read_text())
+    assert words not in checkpoints.model_card(before, [before])
     edit_record(tmp_path, path, value)
-    assert words in checkpoints.model_card(json.loads(file.read_text()))
+    after = json.loads(file.read_text())
+    assert words in checkpoints.model_card(after, [after])
+
+
+def test_the_card_of_a_stand_in_shows_no_numbers_until_it_may(shipped):
+    card = shipped["cvae"].with_suffix(".md").read_text()  # of one epoch
+    assert "A stand-in" in card and "1 of 3 seeds" in card
+    assert "| KID |" not in card and "`cvae-best.json`, holds all" in card
+
+
+def test_the_card_says_how_far_other_trainings_differ(shipped):
+    record = json.loads(shipped["cvae"].with_suffix(".json").read_text()) | {"budget": "full"}
+    assert "It is the only training so far" in checkpoints.model_card(record, [record])
+    other = json.loads(json.dumps(record)) | {"seed": 1}
+    one = record["metrics"]["frechet_distance"]
+    other["metrics"]["frechet_distance"] = one + 10
+    card = checkpoints.model_card(record, [record, other])
+    assert f"Over 2 trainings: FD (tiny-8) {one + 5:.1f} ± 7.1 (mean ± sd)." in card
+
+
+def test_other_seeds_of_a_run_are_found(pipelines, tmp_path):
+    for seed in (0, 1):
+        folder = run_folder(tmp_path, "cvae", "best", seed)
+        folder.mkdir(parents=True)
+        shutil.copy(pipelines["cvae"].out / "record.json", folder)
+        edit_record(folder, ("seed",), seed)
+    found = checkpoints._other_seeds(run_folder(tmp_path, "cvae", "best", 0))
+    assert [record["seed"] for record in found] == [1]
 
 
 def test_the_card_of_drawn_cells(shipped):
     record = json.loads(shipped["cvae"].with_suffix(".json").read_text())
     record["dataset"]["source"] = "demo"
-    card = checkpoints.model_card(record)
+    card = checkpoints.model_card(record, [record])
     assert "CC BY" not in card and "no patient's" in card
 
 

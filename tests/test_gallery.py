@@ -71,12 +71,16 @@ def test_nothing_that_git_ignores_is_linked():
 
 
 def test_every_run_and_its_pictures_are_on_the_kept_page():
-    found = set(links(PAGE.read_text(encoding="utf-8")))
+    text = PAGE.read_text(encoding="utf-8")
+    found = set(links(text))
     for record in (RESULTS / "runs").rglob("record.json"):
         assert record.relative_to(RESULTS).as_posix() in found
     for folder in (RESULTS / "runs").glob("*/seed0"):
+        section = text.partition(f"## {folder.parent.name.replace('-', ' ')},")[2]
+        measured = "Numbers: not measured" not in section.partition("\n## ")[0]
         for picture in folder.rglob("*.png"):
-            assert picture.relative_to(RESULTS).as_posix() in found
+            shown = measured or picture.name not in gallery.OF_MEASURED
+            assert (picture.relative_to(RESULTS).as_posix() in found) == shown
 
 
 # ---------------------------------------------------------------------------------------------
@@ -100,6 +104,10 @@ def test_the_first_seed_is_shown_and_the_others_are_links(results):
 def test_a_reduced_run_without_enough_seeds_shows_no_numbers(results):
     text = gallery.gallery(results)
     section = text.partition("## ddpm small")[2]
+    folder = results / "runs" / "ddpm-small" / "seed0"
+    for name in gallery.OF_MEASURED:
+        (folder / name).write_bytes(b"distances")
+    assert gallery.gallery(results) == text
     assert "Numbers: not measured (1 of 3 seeds)" in section
     assert f"{value(results, 'ddpm-small', 0):.1f}" not in text
     assert "![ddpm small, seed 0: samples](runs/ddpm-small/seed0/samples.png)" in section
