@@ -4,7 +4,8 @@
     python -m evaluation IMAGES --reference bloodmnist-28-domain
 
 IMAGES: a folder of images, with sub-folders named after the classes if they have any, or an .npz
-with `images` (uint8 [N, 3, S, S] or [N, S, S, 3]) and, if they have classes, `labels`.
+with `images` (uint8 [N, 3, S, S] or [N, S, S, 3]; one channel where the reference is grey) and, if
+they have classes, `labels`.
 """
 
 import argparse
@@ -18,7 +19,9 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from evaluation import copies, figures, protocol, tables
+from evaluation.agreement import classifier_agreement
 from evaluation.features import Extractor, extract, load_extractor
+from evaluation.judge import classifier_of
 from evaluation.reference import SHIPPED, Reference, load_reference, make_reference
 from utils import (
     LOADERS,
@@ -65,19 +68,26 @@ def main(arguments: list[str] | None = None) -> None:
     device = pick_device(options.device)
     if options.reference.partition(":")[0] in LOADERS:
         extractor = load_extractor(options.extractor, device)
+        if extractor.distance_name == "FD (domain)":
+            raise InputError(
+                "the domain extractor knows the train split, which is the reference here; give "
+                "--reference bloodmnist-28-domain, or another extractor"
+            )
         sets = {
             split: load_dataset(options.reference, options.data_root, options.image_size, split)
-            for split in ("train", "held_out")
+            for split in ("train", "val", "test", "held_out")
         }
+        channels = sets["train"].images.shape[1]
+        images, labels = load_images(Path(options.images), sets["train"].classes, channels)
         reference = make_reference(sets["train"], extractor)
     else:
         sets = None
         shipped = SHIPPED / f"{options.reference}.npz"
         reference = load_reference(shipped if shipped.exists() else options.reference)
+        images, labels = load_images(Path(options.images), reference.classes)
         name = reference.extractor.split("-")[0]
         own = name if name in ("domain", "demo") else None
         extractor = load_extractor(options.extractor or own, device)
-    images, labels = load_images(Path(options.images), reference.classes)
     out = Path(options.out or Path("judged") / Path(options.images).resolve().stem)
 
     metrics = protocol.evaluate(reference, images, extractor, labels, label_distribution=GIVEN)
@@ -87,6 +97,9 @@ def main(arguments: list[str] | None = None) -> None:
             images, sets["train"].images, sets["held_out"].images, extractor
         )
         figures.save(figures.suspicious_pairs(suspects), out / "suspicious_pairs.png")
+        if labels is not None:
+            classifier = classifier_of(sets, device)
+            metrics["agreement"] = classifier_agreement(images, labels, sets["test"], classifier)
     else:
         metrics["floor"] = floor_at(reference.floors, len(images))
         metrics["warnings"].append(
@@ -97,6 +110,9 @@ def main(arguments: list[str] | None = None) -> None:
         figures.save(fit, out / "frechet_infinity.png")
     save_png(make_grid(images[:SHOWN], columns=8, zoom=4), out / "images.png")
     table = tables.metrics_table(metrics)
+    if labels is not None:
+        run = {"model": "these images", "preset": "", "budget": "full", "metrics": metrics}
+        table += "\n\n" + tables.per_class_markdown(tables.per_class_table([run]))
     record = json.dumps({"images": Path(options.images).name, "metrics": metrics}, indent=1)
     write_atomically(out / "record.json", lambda path: path.write_text(record + "\n"))
     write_atomically(out / "table.md", lambda path: path.write_text(table + "\n"))
@@ -109,17 +125,21 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def floor_at(floors: tuple[dict, ...], n: int) -> dict:
-    """What real cells get at n images: between two measured numbers, linear in 1/n.
+    """What real cells get at n images, between two measured numbers; None beyond them.
 
-    A sampling error shrinks as 1/n (Chong and Forsyth 2020, sec. 3). Beyond the measured numbers
-    the nearest one is taken.
+    A sampling error shrinks as 1/n (Chong and Forsyth 2020, sec. 3), so the numbers are linear in
+    it, but for coverage, which grows with every image that comes.
     """
-    places = [1 / row["n"] for row in floors][::-1]
-    result = {}
+    result = {"n": n}
     for name in [name for name in floors[0] if name != "n"] if floors else ():
-        values = [row[name] for row in floors][::-1]
-        known = [(x, y) for x, y in zip(places, values, strict=True) if y is not None]
-        result[name] = float(np.interp(1 / n, *zip(*known, strict=True))) if known else None
+        known = sorted((row["n"], row[name]) for row in floors if row[name] is not None)
+        numbers, values = (list(column) for column in zip(*known)) if known else ([], [])
+        if not known or not numbers[0] <= n <= numbers[-1]:
+            result[name] = None
+        elif name == "coverage":
+            result[name] = float(np.interp(n, numbers, values))
+        else:
+            result[name] = float(np.interp(-1 / n, [-1 / x for x in numbers], values))
     return result
 
 
@@ -127,7 +147,7 @@ def _floor(reference: Reference, held_out: torch.Tensor, n: int, extractor: Extr
     """The metrics of as many held-out real cells, or of all where there are fewer."""
     features = extract(held_out, extractor, "features of real cells (held out)")
     rows = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:n]
-    return protocol.measure(reference.features, features[rows])[0]
+    return {"n": len(rows)} | protocol.measure(reference.features, features[rows])[0]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -135,19 +155,22 @@ def _floor(reference: Reference, held_out: torch.Tensor, n: int, extractor: Extr
 # ---------------------------------------------------------------------------------------------
 
 
-def load_images(path: Path, classes: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Images uint8 [N, 3, S, S], and labels int64 [N] where they have classes, else None.
+def load_images(
+    path: Path, classes: tuple[str, ...], channels: int = 3
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Images uint8 [N, channels, S, S], and labels int64 [N] where they have classes, else None.
 
-    Every file counts: one that can't be used is an InputError that names it.
+    classes: those that they may have; channels: 1 for grey images, else 3. Every file counts: one
+    that can't be used is an InputError that names it.
     """
     if path.suffix == ".npz" and path.is_file():
-        return _load_archive(path, classes)
+        return _load_archive(path, classes, channels)
     if not path.is_dir():
         raise InputError(f"{path} is no folder and no .npz file; give one of them")
     files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
     if not files:
         raise InputError(f"{path} holds no images; give another folder")
-    arrays = [_read(file) for file in files]
+    arrays = [_read(file, channels) for file in files]
     for file, array in zip(files, arrays, strict=True):
         if array.shape != arrays[0].shape:
             raise InputError(
@@ -166,33 +189,38 @@ def load_images(path: Path, classes: tuple[str, ...]) -> tuple[torch.Tensor, tor
     return images, torch.tensor([classes.index(folder) for folder in folders])
 
 
-def _read(file: Path) -> np.ndarray:
+def _read(file: Path, channels: int) -> np.ndarray:
+    """uint8 [H, W, channels]."""
+    mode = {1: "L", 3: "RGB"}[channels]
     try:
         with Image.open(file) as image:
-            if image.mode != "RGB":
+            if image.mode != mode:
                 raise InputError(
-                    f"{file} is a {image.mode} image, not RGB; convert it, or remove it"
+                    f"{file} is a {image.mode} image, not {mode}; convert it, or remove it"
                 )
-            return np.asarray(image)
+            return np.asarray(image).reshape(image.height, image.width, channels)
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{file} cannot be read as an image; repair or remove it") from None
 
 
-def _load_archive(path: Path, classes: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _load_archive(
+    path: Path, classes: tuple[str, ...], channels: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     try:
         with np.load(path, allow_pickle=False) as file:
             images = file["images"]
             labels = file["labels"].reshape(-1) if "labels" in file else None
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error):
         raise InputError(f"{path} cannot be read, or holds no array `images`") from None
-    if images.dtype != np.uint8 or images.ndim != 4 or 3 not in (images.shape[1], images.shape[3]):
+    form = images.dtype == np.uint8 and images.ndim == 4
+    if not form or channels not in (images.shape[1], images.shape[3]):
         raise InputError(
-            f"{path}: images must be uint8 [N, 3, S, S] or [N, S, S, 3] in [0, 255], "
-            f"got {images.dtype} {list(images.shape)}"
+            f"{path}: images must be uint8 [N, {channels}, S, S] or [N, S, S, {channels}] in "
+            f"[0, 255], got {images.dtype} {list(images.shape)}"
         )
-    if images.shape[1] != 3:
+    if images.shape[1] != channels:
         images = images.transpose(0, 3, 1, 2)
     images = torch.from_numpy(np.ascontiguousarray(images))
     if labels is None:

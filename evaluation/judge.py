@@ -40,7 +40,7 @@ def judge(
     classifier for blood cells and with one that is trained on the train split for other data.
     """
     train, held_out = sets["train"], sets["held_out"]
-    reference, classifier = make_reference(train, extractor), _classifier(sets, extractor.device)
+    reference, classifier = make_reference(train, extractor), classifier_of(sets, extractor.device)
     metrics = protocol.evaluate(reference, images, extractor, labels)
     metrics["floor"] = floor(reference, sets, extractor, classifier)
     metrics["copies"], suspects = find_copies(images, train.images, held_out.images, extractor)
@@ -50,7 +50,7 @@ def judge(
     return metrics, suspects
 
 
-def _classifier(sets: dict[str, ImageSet], device: torch.device) -> Classifier:
+def classifier_of(sets: dict[str, ImageSet], device: torch.device) -> Classifier:
     """Of blood cells our own; of other data one that is trained on the train split now."""
     if sets["train"].name in DOMAIN:
         return load_domain_classifier(device)

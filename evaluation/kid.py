@@ -10,10 +10,10 @@ CHUNK = 512  # rows of the kernel matrix in memory at once
 def kernel_distance(real: torch.Tensor, fake: torch.Tensor) -> tuple[float, float]:
     """Unbiased MMD² of all images with the kernel (x·y / D + 1)³, and its standard error.
 
-    real: [M, D], fake: [N, D], any float type; both results are plain numbers without unit, and
-    the first may lie below zero. The error is a jackknife over the images of both sets (Arvesen
-    1969); where the two distributions agree, it is too large by up to √2. Raises InputError for
-    fewer than three images, other dimensions, NaN or infinite values.
+    real: [M, D], fake: [N, D], any float type, on one device; both results are plain numbers
+    without unit, and the first may lie below zero. The error is a jackknife over the images of both
+    sets (Arvesen 1969); where the two distributions agree, it is too large by up to √2. Raises
+    InputError for fewer than three images, other dimensions, NaN or infinite values.
 
     Bińkowski et al. 2018, sec. 4.
     """
@@ -60,7 +60,7 @@ def _kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def _sums_within(x: torch.Tensor) -> torch.Tensor:
     """Row sums of the kernel matrix without its diagonal; only the upper half is computed."""
-    sums = torch.zeros(len(x), dtype=x.dtype)
+    sums = torch.zeros(len(x), dtype=x.dtype, device=x.device)
     for start in range(0, len(x), CHUNK):
         rows = slice(start, start + CHUNK)
         kernel = _kernel(x[rows], x[start:])
@@ -72,7 +72,7 @@ def _sums_within(x: torch.Tensor) -> torch.Tensor:
 
 def _sums_between(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Row sums and column sums of the kernel matrix."""
-    rows, columns = [], torch.zeros(len(y), dtype=y.dtype)
+    rows, columns = [], torch.zeros(len(y), dtype=y.dtype, device=y.device)
     for part in x.split(CHUNK):
         kernel = _kernel(part, y)
         rows.append(kernel.sum(1))

@@ -52,9 +52,14 @@ def evaluate_per_class(
             f"generated images {list(images.shape)} with {len(labels)} labels can't be compared "
             f"with real ones {list(train.images.shape)}; draw one of that size for each label"
         )
-    fakes = extract(images, extractor, "features of generated images", cache=False)
-    known = extract(train.images, extractor, "features of real cells (train)")
-    unseen = extract(held_out.images, extractor, "features of real cells (held out)")
+    fakes, known, unseen = (
+        part.to(extractor.device)
+        for part in (
+            extract(images, extractor, "features of generated images", cache=False),
+            extract(train.images, extractor, "features of real cells (train)"),
+            extract(held_out.images, extractor, "features of real cells (held out)"),
+        )
+    )
     rows = []
     for label, name in enumerate(train.classes):
         fake = fakes[labels == label]

@@ -89,20 +89,22 @@ def evaluate(
             f"{reference.extractor_sha256[:8]}), not {extractor.name} ({extractor.sha256[:8]}); "
             "give that one, or another reference"
         )
-    fakes = extract(images, extractor, "features of generated images")
+    device = extractor.device
+    fakes = extract(images, extractor, "features of generated images").to(device)
+    real = reference.features.to(device)
     protocol = Protocol(
         dataset=reference.dataset,
         dataset_sha256=reference.dataset_sha256,
         image_size=reference.image_size,
         reference_split=reference.split,
-        n_real=len(reference.features),
+        n_real=len(real),
         n_fake=len(fakes),
         label_distribution=label_distribution,
         extractor=extractor.name,
         extractor_sha256=extractor.sha256,
         feature_dim=extractor.dim,
     )
-    metrics, warnings = measure(reference.features, fakes)
+    metrics, warnings = measure(real, fakes)
     result = metrics | {
         "ceilings": reference.ceilings,
         "distance_name": extractor.distance_name,
@@ -111,7 +113,7 @@ def evaluate(
     }
     if labels is not None:
         result["per_class"] = [
-            _one_class(reference, fakes[labels == label], label, name)
+            _one_class(real[reference.labels == label], fakes[labels == label], name)
             for label, name in enumerate(reference.classes)
         ]
     return result
@@ -119,6 +121,8 @@ def evaluate(
 
 def measure(real: torch.Tensor, fake: torch.Tensor) -> tuple[dict, list[str]]:
     """Every metric of two sets of features [M, D] and [N, D], and a sentence for each left out.
+
+    real, fake: on one device, which does the work.
 
     frechet_distance (Heusel et al. 2017, eq. 6) with frechet_interval (95 %, within this run);
     frechet_infinity (Chong and Forsyth 2020); kid and kid_standard_error (Bińkowski et al. 2018,
@@ -167,8 +171,7 @@ def _frechet(real: torch.Tensor, fake: torch.Tensor) -> float:
     return frechet_distance(gaussian_statistics(real), gaussian_statistics(fake))
 
 
-def _one_class(reference: Reference, fakes: torch.Tensor, label: int, name: str) -> dict:
-    real = reference.features[reference.labels == label]
+def _one_class(real: torch.Tensor, fakes: torch.Tensor, name: str) -> dict:
     metrics, warnings = measure(real, fakes)
     return {"class": name, "n_real": len(real), "n_fake": len(fakes), **metrics} | {
         "warnings": warnings

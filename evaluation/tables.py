@@ -224,6 +224,11 @@ def _of(row: dict, *names: str) -> tuple:
 
 def write_per_class_table(rows: list[dict], folder: str | Path, stem: str) -> None:
     """Write the rows of `per_class_table` as `stem`.csv and `stem`.md into `folder`."""
+    write_rows(rows, per_class_markdown(rows) + "\n", Path(folder) / stem)
+
+
+def per_class_markdown(rows: list[dict]) -> str:
+    """The rows of `per_class_table` with their rules below them, as Markdown."""
     columns = [Column(name, (), name.title(), ".3f", ".3f") for name in PER_CLASS]
     titles = " | ".join("KID" if c.name == "kid" else c.title for c in columns)
     lines = [
@@ -245,7 +250,7 @@ def write_per_class_table(rows: list[dict], folder: str | Path, stem: str) -> No
         "split's frequencies. Fréchet "
         "distances are left out: the classes have too few images for them.",
     ]
-    write_rows(rows, "\n".join(lines) + "\n", Path(folder) / stem)
+    return "\n".join(lines)
 
 
 def ablation_table(runs: list[tuple[Ablation, list[dict]]]) -> list[dict]:
@@ -347,9 +352,9 @@ def metrics_table(metrics: dict) -> str:
     metrics: as `judge.judge` returns them.
     """
     floor, ceilings = metrics["floor"], metrics["ceilings"]
-    name = metrics["distance_name"]
+    name, n = metrics["distance_name"], floor.get("n") or floor["protocol"]["n_fake"]
     lines = [
-        "| | these images | held-out real cells (floor) |",
+        f"| | these images | as many held-out real cells (floor), n = {n:,} |",
         "|---|---:|---:|",
         f"| {name} | {_with_interval(metrics)} | {_with_interval(floor)} |",
     ]

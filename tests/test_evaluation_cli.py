@@ -69,6 +69,16 @@ def test_copies_of_training_cells_are_told(tiny_arrays, arguments, tmp_path, cap
     assert "copies" in capsys.readouterr().out
 
 
+def test_the_domain_extractor_is_refused_where_it_knows_the_reference(
+    tiny_arrays, data_root, tmp_path, bad_input
+):
+    folder = write_folder(tmp_path / "cells", tiny_arrays["test_images"])
+    words = "knows the train split", "--reference bloodmnist-28-domain"
+    with bad_input(*words):
+        data = ("--reference", "bloodmnist", "--data-root", str(data_root))
+        main([str(folder), *data, "--extractor", "domain", "--device", "cpu"])
+
+
 def test_noise_lies_at_the_ceiling(arguments, tmp_path):
     noise = np.random.default_rng(0).integers(256, size=(60, 28, 28, 3), dtype=np.uint8)
     np.savez(tmp_path / "noise.npz", images=noise)
@@ -83,9 +93,31 @@ def test_noise_lies_at_the_ceiling(arguments, tmp_path):
 def test_class_folders_give_a_row_for_each_class(tiny_arrays, arguments, tmp_path):
     images, labels = tiny_arrays["test_images"], tiny_arrays["test_labels"].reshape(-1)
     main([str(write_folder(tmp_path / "by class", images, labels)), *arguments])
-    rows = record(tmp_path)["per_class"]
+    metrics = record(tmp_path)
+    rows = metrics["per_class"]
     assert [row["class"] for row in rows] == list(BLOOD_CLASSES)
     assert all(row["n_fake"] == 5 and row["n_real"] == 20 for row in rows)
+    assert metrics["agreement"]["n"] == 40 and metrics["agreement"]["classifier"].startswith("dom")
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| Class agreement |" in table
+    assert "| these images | – | basophil | 1 | 20 | 5 |" in table
+
+
+def test_grey_images_are_read_where_the_reference_is_grey(tmp_path, folder, bad_input):
+    grey = np.random.default_rng(0).integers(256, size=(4, 28, 28), dtype=np.uint8)
+    for i, image in enumerate(grey):
+        (tmp_path / "grey").mkdir(exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "grey" / f"{i}.png")
+    np.savez(tmp_path / "first.npz", images=grey[:, None])
+    np.savez(tmp_path / "last.npz", images=grey[..., None])
+    for name in ("grey", "first.npz", "last.npz"):
+        images, _ = load_images(tmp_path / name, (), channels=1)
+        assert np.array_equal(images.numpy(), grey[:, None])
+    with bad_input("000.png", "RGB image, not L"):
+        load_images(folder, (), channels=1)
+    np.savez(tmp_path / "colour.npz", images=np.zeros((2, 28, 28, 3), np.uint8))
+    with bad_input("colour.npz", "[N, 1, S, S]"):
+        load_images(tmp_path / "colour.npz", (), channels=1)
 
 
 def test_a_reference_file_needs_no_real_images(
@@ -116,8 +148,15 @@ def test_a_floor_between_two_numbers_is_linear_in_one_over_n():
     )  # 10 + 64,000 / n
     for n in (1000, 1500, 3000, 4000):
         assert floor_at(rows, n)["frechet_distance"] == pytest.approx(10 + 64_000 / n)
-    assert floor_at(rows, 9000)["frechet_distance"] == 26
-    assert floor_at((), 100) == {}
+    assert floor_at(rows, 500) == {"n": 500, "frechet_distance": None, "kid": 0.0}
+    for n in (99, 9000):  # nobody measured it there
+        assert floor_at(rows, n) == {"n": n, "frechet_distance": None, "kid": None}
+    assert floor_at((), 100) == {"n": 100}
+
+
+def test_the_floor_of_coverage_grows_with_the_images():
+    rows = ({"n": 1000, "coverage": 0.3}, {"n": 2000, "coverage": 0.5})
+    assert floor_at(rows, 1500)["coverage"] == pytest.approx(0.4)
 
 
 # ---------------------------------------------------------------------------------------------
