@@ -327,9 +327,10 @@ def test_copies_of_a_single_cell_are_found(extractor, pool):
 
 def test_cells_that_the_data_holds_twice_are_no_copies(extractor, pool):
     samples, train, held_out = (part[:200].clone() for part in roles(pool))
-    samples[:30], held_out[:30] = train[:30], copies.turned(train[:30], 3)
+    samples[:30] = held_out[:30] = train[:30]
     result, _ = find_copies(samples, train, held_out, extractor)
     assert result["pixels"]["identical"] == 30 and result["verdict"] == "no sign of copies"
+    assert copies._identical(copies.turned(held_out, 3), train) == 30
 
 
 def test_result_is_plain_and_does_not_depend_on_the_samples_order(extractor, pool):
