@@ -636,7 +636,8 @@ def augmentation_differences(rows: list[dict]) -> Figure:
             axis.tick_params("y", length=0)
         axes[0].set_yticks(range(len(names)), names)
         axes[0].set_ylim(len(names) - 0.4, -0.6)
-        figure.supxlabel("difference in balanced accuracy to real cells alone [95 %]", size=9)
+        words = "difference in balanced accuracy [95 %]\nto real cells alone, or to what is named"
+        figure.supxlabel(words, size=9)
     return figure
 
 
@@ -694,7 +695,7 @@ def augmentation_amounts(rows: list[dict], classifier: str, kinds: list[str]) ->
             for row, colour in zip(others, COLOURS):
                 axis.axhline(row[f"{score}_mean"], color=colour, ls="--", lw=1, label=row["arm"])
             axis.set_xticks(places, [f"{n:,}" for n in sorted(amounts)], rotation=45)
-            axis.set_xlabel("generated images added\nto each class")
+            axis.set_xlabel("generated images added\nto each class (not to scale)")
             axis.set_title(title, fontsize=9)
         axes[0].set_ylabel(f"{classifier}, mean ± sd")
         handles, labels = axes[0].get_legend_handles_labels()

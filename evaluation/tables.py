@@ -354,7 +354,7 @@ def metrics_table(metrics: dict) -> str:
     floor, ceilings = metrics["floor"], metrics["ceilings"]
     name, n = metrics["distance_name"], floor.get("n") or floor["protocol"]["n_fake"]
     lines = [
-        f"| | these images | as many held-out real cells (floor), n = {n:,} |",
+        f"| | these images | held-out real cells (floor, n = {n:,}) |",
         "|---|---:|---:|",
         f"| {name} | {_with_interval(metrics)} | {_with_interval(floor)} |",
     ]
