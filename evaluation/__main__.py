@@ -93,8 +93,9 @@ def main(arguments: list[str] | None = None) -> None:
     metrics = protocol.evaluate(reference, images, extractor, labels, label_distribution=GIVEN)
     if sets:
         metrics["floor"] = _floor(reference, sets["held_out"].images, len(images), extractor)
+        held_out = _without(sets["held_out"].images, images)
         metrics["copies"], suspects = copies.find_copies(
-            images, sets["train"].images, sets["held_out"].images, extractor
+            images, sets["train"].images, held_out, extractor
         )
         figures.save(figures.suspicious_pairs(suspects), out / "suspicious_pairs.png")
         if labels is not None:
@@ -148,6 +149,16 @@ def _floor(reference: Reference, held_out: torch.Tensor, n: int, extractor: Extr
     features = extract(held_out, extractor, "features of real cells (held out)")
     rows = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:n]
     return {"n": len(rows)} | protocol.measure(reference.features, features[rows])[0]
+
+
+def _without(held_out: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """The held-out cells that are none of the images, as the control of the search for copies.
+
+    Where real cells are judged some may be; all of them only where nothing else would be left.
+    """
+    given = {image.numpy().tobytes() for image in images}
+    rows = [row for row, cell in enumerate(held_out) if cell.numpy().tobytes() not in given]
+    return held_out[rows] if len(rows) >= copies.FIFTH else held_out
 
 
 # ---------------------------------------------------------------------------------------------

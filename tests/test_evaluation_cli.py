@@ -52,8 +52,14 @@ def test_real_cells_that_no_one_trained_on_lie_at_the_floor(
     metrics = record(tmp_path)
     assert metrics["protocol"]["n_fake"] == 40 and metrics["protocol"]["n_real"] == 160
     assert metrics["protocol"]["label_distribution"] == "as given"
-    floor, ceiling = metrics["floor"]["frechet_distance"], metrics["ceilings"]["mean_image"]
-    assert metrics["frechet_distance"] < floor + 0.1 * ceiling
+    low, high = metrics["frechet_interval"]
+    assert low < metrics["floor"]["frechet_distance"] < high
+    assert metrics["frechet_distance"] < 1.5 * metrics["floor"]["frechet_distance"]
+    # Its control are the other held-out cells.
+    assert metrics["copies"]["n_held_out"] == 24
+    low, high = metrics["copies"]["pixels"]["train_share_interval"]
+    assert low < 0.5 < high
+    assert metrics["copies"]["verdict"] == "no sign of copies"
     assert "per_class" not in metrics
     text = capsys.readouterr().out
     assert "40 images against the 160 of the train split of BloodMNIST" in text
