@@ -1,14 +1,20 @@
-"""The path of a GPU on a machine without one: fake tensors know their device, dtype and shape.
+"""The path of a GPU on a machine without one.
 
-An operation on tensors of two devices fails on them as it would on a GPU, and so does reading one
-of their values, for which a GPU would have to be waited for.
+Training steps run on fake tensors, which know their device, dtype and shape alone: an operation on
+tensors of two devices fails on them as it would on a GPU, and so does reading one of their values,
+for which a GPU would have to be waited for. Metrics, which read values, run on tensors of the CPU
+that claim to be a GPU's.
 """
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from custom_models import MODELS, layers, make_config
+from evaluation import copies, protocol
 from utils import random_flips_and_turns, to_model_range, to_uint8
 
 PRESETS = [(name, preset) for name, module in MODELS.items() for preset in module.PRESETS]
@@ -86,3 +92,83 @@ def test_an_update_is_outside_autocast(monkeypatch):
     assert seen == [False]
     # All entries have the gradient 4, a norm of 8 that is shortened to 1.
     assert torch.allclose(weight, torch.full((2, 2), 1 - 0.5 * 0.5), atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------
+# Metrics
+# ---------------------------------------------------------------------------------------------
+
+
+class Pretended(torch.Tensor):
+    """A tensor of the CPU that claims to be a GPU's, and refuses to meet others."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        if function == torch.Tensor.device.__get__:
+            return torch.device("cuda", 0)
+        if name == "numpy":
+            raise TypeError("a GPU's tensor has no array")
+        if name == "cpu":
+            return args[0].as_subclass(torch.Tensor)
+        flat = torch.utils._pytree.tree_leaves((args, kwargs or {}))
+        others = [x for x in flat if isinstance(x, torch.Tensor) and not isinstance(x, cls)]
+        if any(x.ndim for x in others) and name not in ("__getitem__", "__setitem__"):
+            raise RuntimeError(f"{name} meets tensors on two devices")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+class Pretending(TorchFunctionMode):
+    """Makes new tensors of a GPU, and copies to one, into `Pretended`."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        is_gpu = [isinstance(x, torch.device) and x.type == "cuda" for x in args]
+        if function is torch.Tensor.to and any(is_gpu):
+            return args[0].as_subclass(Pretended)
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            made = function(*args, **(kwargs | {"device": "cpu"}))
+            return made.as_subclass(Pretended)
+        return function(*args, **kwargs)
+
+
+def close(a, b) -> bool:
+    """Whether two results are equal but for rounding."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(close(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(close, a, b))
+    return a == pytest.approx(b, rel=1e-6, abs=1e-9) if isinstance(a, float) else a == b
+
+
+def test_metrics_are_the_same_on_a_gpu():
+    generator = torch.Generator().manual_seed(0)
+    real, fake = (torch.randn(n, 6, generator=generator) for n in (90, 70))
+    expected = protocol.measure(real, fake)
+    with Pretending():
+        found = protocol.measure(real.as_subclass(Pretended), fake.as_subclass(Pretended))
+    assert close(expected[0], found[0]) and expected[1] == found[1]
+
+
+def test_copies_are_the_same_on_a_gpu(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    cells = torch.randint(256, (300, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    images, train, held_out = cells[:60], cells[50:180], cells[180:]  # ten are copies
+    features = {len(part): part.flatten(1)[:, :6].float() for part in (images, train, held_out)}
+    monkeypatch.setattr(copies, "extract", lambda part, *_: features[len(part)])
+    monkeypatch.setattr(copies, "CANDIDATES", 6)  # too few to prove that nothing nearer was missed
+    results = []
+    for device in ("cpu", "cuda"):
+        extractor = SimpleNamespace(device=torch.device(device))
+        with Pretending():
+            results.append(copies.find_copies(images, train, held_out, extractor))
+    (expected, suspects), (found, others) = results
+    assert close(expected, found) and found["pixels"]["identical"] == 10
+    assert torch.equal(suspects.images, others.images) and suspects.rows == others.rows
+
+
+def test_a_pretended_tensor_meets_no_other():
+    with pytest.raises(RuntimeError, match="two devices"):
+        torch.zeros(2).as_subclass(Pretended) + torch.zeros(2)
+    assert torch.zeros(2).as_subclass(Pretended).device.type == "cuda"
