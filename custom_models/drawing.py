@@ -28,7 +28,8 @@ from utils import (
 )
 
 SHIPPED_FORMAT = 1  # of a .safetensors file
-SAMPLE_BATCH = 128  # fixed, so that a seed gives the same images everywhere
+SAMPLE_BATCH = 128  # fixed, so that a seed gives the same images on every CPU
+GPU_PIXELS = 1024 * 28**2  # of a batch on a GPU, which smaller ones would leave idle
 # What a run's files hold of its identity beside the config.
 NOT_CONFIG = ("model", "preset", "seed", "dataset_sha256", "code_version")
 IN_GRID = 8  # of each class
@@ -213,7 +214,7 @@ def draw(model: nn.Module, labels: torch.Tensor, seed: int) -> torch.Tensor:
     was_training = model.training
     model.eval()  # batch statistics would let one image of a batch change another
     generator = torch.Generator(device).manual_seed(seed)
-    batches = labels.split(SAMPLE_BATCH)
+    batches = labels.split(batch_size(device, model.config.image_size))
     if len(batches) > 8:
         batches = progress(batches, desc="samples, batches")
     images = []
@@ -222,6 +223,13 @@ def draw(model: nn.Module, labels: torch.Tensor, seed: int) -> torch.Tensor:
             images.append(to_uint8(model.sample(batch.to(device), generator)).cpu())
     model.train(was_training)
     return torch.cat(images)
+
+
+def batch_size(device: torch.device, image_size: int) -> int:
+    """Images that are drawn at once, fixed for a kind of device and a size."""
+    if device.type == "cpu":
+        return SAMPLE_BATCH
+    return max(SAMPLE_BATCH, GPU_PIXELS // image_size**2)
 
 
 def labelled_grid(

@@ -32,7 +32,6 @@ from utils import (
     write_atomically,
 )
 
-SAMPLES = 128
 SHIPPED = "results/checkpoints/cwgan_gp-best.safetensors"
 # Models at larger sizes, with the settings that they need there: no JPEG, and for the diffusion
 # one more level, with attention at 16 and 8 pixels.
@@ -114,13 +113,14 @@ def benchmark_model(name: str, preset: str, data: ImageSet) -> dict:
     flop = count_flop(step)
     data_seconds = seconds_per_call(lambda: next_batch(data, size), device, at_least=1.0)
     model.eval()
-    labels = data.labels[:SAMPLES]
+    n = drawing.batch_size(device, config.image_size)
+    labels = data.labels[:n]
     generator = torch.Generator(device).manual_seed(0)
     if (name, preset) == (
         "ddpm",
         "baseline",
     ):  # one of its T network evaluations stands for all; they are equal
-        noise = torch.randn(SAMPLES, 3, 28, 28, device=device)
+        noise = torch.randn(n, 3, 28, 28, device=device)
         with torch.inference_mode():
             evaluation = seconds_per_call(lambda: model.ddim(noise, 1), device)
         sampling = evaluation * config.timesteps
@@ -134,7 +134,7 @@ def benchmark_model(name: str, preset: str, data: ImageSet) -> dict:
         "parameters": sum(p.numel() for p in model.parameters()),
         "training_images_per_second": size / seconds,
         "data_share_of_step": data_seconds / seconds,
-        "sampling_images_per_second": SAMPLES / sampling,
+        "sampling_images_per_second": n / sampling,
     }
 
 

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.overrides import TorchFunctionMode
 
 from custom_models import MODELS, layers, make_config
+from custom_models.drawing import batch_size
 from evaluation import copies, protocol
 from utils import random_flips_and_turns, to_model_range, to_uint8
 
@@ -72,6 +73,14 @@ def test_samples_are_drawn_on_the_gpu(name, preset, fake):
     images = to_uint8(on_gpu(config).eval().sample(labels, None))
     assert images.device.type == "cuda" and images.dtype == torch.uint8
     assert images.shape == (5, config.image_channels, config.image_size, config.image_size)
+
+
+@pytest.mark.parametrize(
+    ("device", "size", "images"),
+    [("cpu", 28, 128), ("cpu", 64, 128), ("cuda", 28, 1024), ("cuda", 64, 196), ("cuda", 128, 128)],
+)
+def test_a_gpu_draws_more_small_images_at_once(device, size, images):
+    assert batch_size(torch.device(device), size) == images
 
 
 def test_a_tensor_of_another_device_is_found(fake):
