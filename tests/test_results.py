@@ -103,6 +103,11 @@ def test_the_readmes_words_have_the_numbers_of_the_records():
     dcgan = [r for r in RECORDS[RESULTS] if (r["model"], r["preset"]) == ("dcgan", "best")]
     one, other = (round(r["metrics"]["frechet_distance"]) for r in dcgan)
     assert f"the DCGAN's two as `best` lie at {one} and {other}." in words
+    runs = [r for r in RECORDS[RESULTS] if (r["model"], r["preset"]) == ("dcgan", "baseline")]
+    distances = [round(r["metrics"]["frechet_distance"]) for r in runs]
+    domain = [round(r["metrics"]["domain"]["frechet_distance"]) for r in runs]
+    assert "the two lie at {:,} and {:,}, on those of a".format(*distances) in words
+    assert "classifier of blood cells at {} and {}, the".format(*domain) in words
     record = json.loads(features.DOMAIN_FILE.with_suffix(".json").read_text())
     small, large = (row["accuracy"] for row in record["test"])
     sentence = (
