@@ -292,9 +292,12 @@ def test_every_data_set_and_size_has_its_own_folder(dataset, root, size, folder)
     assert found == RESULTS / folder / "cvae-best" / "seed3"
 
 
-def test_the_usual_precision_is_the_device_s():
+@pytest.mark.parametrize(("native", "usual"), [(True, "bfloat16"), (False, "float32")])
+def test_the_usual_precision_is_the_device_s(native, usual, monkeypatch):
+    """A GPU that only emulates bfloat16 is slow at it."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert (pick_precision(None, cpu), pick_precision(None, cuda)) == ("float32", "bfloat16")
+    assert (pick_precision(None, cpu), pick_precision(None, cuda)) == ("float32", usual)
     assert pick_precision("float32", cuda) == "float32"
 
 
