@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -340,23 +341,33 @@ def test_bfloat16_autocast_gives_a_finite_loss_close_to_that_of_float32():
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
-def test_the_learning_rate_warms_up_over_images_and_then_stays():
-    model, (images, labels) = build(lr=0.01, warmup_images=64), batch()
-    optimizers, rates = model.optimizers(), []
-    for _ in range(6):
+def rates(steps: int, **settings) -> list[float]:
+    """The learning rate of each of the first steps, of 16 images each."""
+    model, (images, labels) = build(**settings), batch()
+    optimizers, used = model.optimizers(), []
+    for _ in range(steps):
         model.training_step(images, labels, optimizers)
-        rates.append(optimizers["adam"].param_groups[0]["lr"])
-    assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
+        used.append(optimizers["adam"].param_groups[0]["lr"])
+    return used
+
+
+def test_the_learning_rate_warms_up_over_images():
+    used = rates(6, lr=0.01, warmup_images=64, decay_images=10**9)
+    assert used == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
 
 
 def test_without_warm_up_the_first_step_has_the_full_learning_rate():
-    model = build(lr=0.01, warmup_images=0)
-    optimizers = model.optimizers()
-    model.training_step(*batch(), optimizers)
-    assert optimizers["adam"].param_groups[0]["lr"] == 0.01
+    assert rates(1, lr=0.01, warmup_images=0, decay_images=10**9) == pytest.approx([0.01])
 
 
-def test_a_resumed_warm_up_equals_an_uninterrupted_one(tmp_path):
+def test_the_learning_rate_falls_by_a_cosine_to_a_fiftieth_and_stays_there():
+    used = rates(6, lr=1.0, warmup_images=0, decay_images=64)
+    half = math.sqrt(0.5)
+    share = [(1 + half) / 2, 0.5, (1 - half) / 2, 0, 0, 0]
+    assert used == pytest.approx([0.02 + 0.98 * part for part in share])
+
+
+def test_a_resumed_schedule_equals_an_uninterrupted_one(tmp_path):
     (images, labels), steps = batch(), range(4)
 
     def go_on(model, optimizers, steps):
@@ -364,15 +375,15 @@ def test_a_resumed_warm_up_equals_an_uninterrupted_one(tmp_path):
             torch.manual_seed(step)
             model.training_step(images, labels, optimizers)
 
-    straight = build(warmup_images=100)
+    straight = build(warmup_images=20, decay_images=100)
     go_on(straight, straight.optimizers(), steps)
 
-    first = build(warmup_images=100)
+    first = build(warmup_images=20, decay_images=100)
     optimizers = first.optimizers()
     go_on(first, optimizers, steps[:2])
     torch.save([first.state_dict(), optimizers["adam"].state_dict()], tmp_path / "state.pt")
     weights, state = torch.load(tmp_path / "state.pt", weights_only=True)
-    second = build(warmup_images=100)
+    second = build(warmup_images=20, decay_images=100)
     optimizers = second.optimizers()
     second.load_state_dict(weights)
     optimizers["adam"].load_state_dict(state)
@@ -463,6 +474,7 @@ def test_samples_are_stored_as_jpeg_where_a_quality_is_set():
         ({"sigma_data": 0}, ("sigma_data", "above 0")),
         ({"p_std": 0}, ("p_std", "above 0")),
         ({"warmup_images": -1}, ("warmup_images", "at least 0")),
+        ({"decay_images": 0}, ("decay_images", "at least 1")),
         ({"sampler": "euler"}, ("sampler", "heun", "euler")),
         ({"sampling_steps": 1}, ("sampling_steps", "at least 2")),
         ({"sigma_min": 90}, ("sigma_min", "sigma_max")),
