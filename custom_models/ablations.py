@@ -86,6 +86,7 @@ BEST = (
     Ablation("no JPEG", "ddpm", "best", {"jpeg_quality": 0}, "images as they are drawn"),
     Ablation("no attention", "ddpm", "best", {"attention_from": 3}, "convolutions alone"),
     Ablation("no augmentation", "ddpm", "best", {"augment_probability": 0.0}, "cells as they lie"),
+    Ablation("constant rate", "ddpm", "best", {"decay_images": 10**9}, "the rate does not fall"),
     Ablation("no dropout", "ddpm", "best", {"dropout": 0.0}, "all features in training"),
     Ablation("no EMA", "ddpm", "best", {"ema_decay": 0.0}, "the last weights, not their mean"),
 )
