@@ -434,10 +434,11 @@ def plan_study(options: argparse.Namespace) -> tuple[list[Task], list[Task]]:
             parameters = {**fixed, "fold": fold, "seed": seed}
             tasks.append(StudyTask(name, STUDY, folder / "notebook.ipynb", parameters))
     _check_parameters(tasks[0])
-    make_config(study.generator, image_size=study.image_size, **study.generator_settings)
+    config = make_config(study.generator, image_size=study.image_size, **study.generator_settings)
+    augmentation.check_generator(study.generator, config.build())
     default = papermill.inspect_notebook(STUDY)["classifiers"]["default"]
     classifiers = options.settings.get("classifiers", ast.literal_eval(default))
-    if not isinstance(classifiers, list | tuple):
+    if not isinstance(classifiers, list | tuple) or not classifiers:
         raise InputError(f"classifiers must be names in a list, got {classifiers!r}")
     first = augmentation.make_fold(study, 0)
     for classifier in classifiers:
@@ -461,8 +462,9 @@ def report_study(options: argparse.Namespace) -> list[tuple[Path, str]]:
     folder = augmentation.study_folder(options.out, options.study)
     words = {".md": "tables", ".csv": "the same with all digits", ".png": "figure"}
     paths = augmentation.write_report(folder)
-    first = augmentation.fold_folder(options.out, options.study, 0, 0) / "notebook.ipynb"
-    return [*((path, words[path.suffix]) for path in paths), (first, "explained and executed")]
+    # The last fold's: those that ran before it could not show its records.
+    *_, last = sorted(folder.glob("fold*-seed0/notebook.ipynb"))
+    return [*((path, words[path.suffix]) for path in paths), (last, "explained and executed")]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -504,8 +506,12 @@ def _run(record: dict) -> tuple[str, str, int]:
     return record["model"], record["preset"], record["seed"]
 
 
+def _weights(record: dict, source: Path) -> Path:
+    return run_folder(source, *_run(record)) / "weights.pt"
+
+
 def _kept_weights(record: dict, source: Path) -> Path:
-    weights = run_folder(source, *_run(record)) / "weights.pt"
+    weights = _weights(record, source)
     if not weights.is_file():
         raise InputError(f"{weights} was not kept; train this run again")
     return weights
@@ -540,6 +546,9 @@ def measure_generators(options: argparse.Namespace) -> dict[str, str]:
         model, preset, seed = _run(record)
         name = f"{model} {preset} seed {seed}"
         path = folder / f"{model}-{preset}-seed{seed}.json"
+        if not (path.exists() or _weights(record, options.out).is_file()):
+            print(f"{name}: left out, since its weights are not kept here")
+            continue
 
         def measure(record=record) -> dict:
             weights = _kept_weights(record, options.out)
@@ -561,6 +570,10 @@ def measure_generators(options: argparse.Namespace) -> dict[str, str]:
         words = {".md": "table", ".csv": "the same with all digits", ".png": "figure"}
         paths = write_report(runs, folder)
         _print_files([(path, words[path.suffix]) for path in paths])
+    elif not failures:
+        raise InputError(
+            f"no run in {options.out / 'runs'} has its weights.pt; train one again with make suite"
+        )
     return failures
 
 

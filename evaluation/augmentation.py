@@ -115,6 +115,14 @@ def make_study(name: str, **changes) -> Study:
         raise InputError(f"amounts must be whole numbers above 0 in a list, got {amounts!r}")
     if type(study.updates) is not int or study.updates < 1:
         raise InputError(f"updates must be a whole number above 0, got {study.updates!r}")
+    for name in ("counts", "generator_settings"):
+        if not isinstance(getattr(study, name), dict):
+            raise InputError(
+                f"{name} must be a dictionary, such as {getattr(DEFAULTS['imbalance'], name)}, "
+                f"got {getattr(study, name)!r}"
+            )
+    if "image_size" in study.generator_settings:
+        raise InputError("image_size is the study's; take it out of generator_settings")
     return dataclasses.replace(study, amounts=sorted(set(amounts)))
 
 
@@ -349,6 +357,15 @@ def _refuse(pairs: list[tuple[int, int]], name: str) -> None:
         raise InputError(
             f"test images {words}{more} are among {name}: a score on them would mean nothing; "
             "take them out of one of the two"
+        )
+
+
+def check_generator(name: str, model: torch.nn.Module) -> None:
+    """Refuse a generator that can't be asked for a class: its images would have random labels."""
+    if not model.conditional:
+        raise InputError(
+            f"{name} can't be asked for a class in these settings; take one that can, such as cgan "
+            "or cwgan_gp"
         )
 
 
@@ -595,6 +612,7 @@ def _read_record(path: Path) -> dict:
             record["identity"][name]
         numbers = [record["scores"][name] for name in SCORES]
         record["scores"]["confusion"], record["n"], record["sha256"]["test"], record["history"]
+        record["generator"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is no whole record ({error!r}); remove it and run it again")
     if not all(n is None or (isinstance(n, float | int) and math.isfinite(n)) for n in numbers):
@@ -615,6 +633,12 @@ def _check_same_rules(records: list[dict]) -> None:
                     "make a table of each in a folder of its own"
                 )
         run = own["classifier"], own["arm"]["name"], own["fold"], own["seed"]
+        code = _code(record), _code(records[0])
+        if code[0] != code[1]:
+            raise InputError(
+                f"the records of {run} and of others come from different versions of the code "
+                f"({code[0]} and {code[1]}); run all folds with one of them"
+            )
         if run in seen:
             raise InputError(f"the run {run} has two records; remove one")
         seen.add(run)
@@ -625,6 +649,11 @@ def _check_same_rules(records: list[dict]) -> None:
                 f"the arms {run[1]} and {arm} of fold {run[2]} were tested on different cells; "
                 "run the fold again"
             )
+
+
+def _code(record: dict) -> list:
+    """The code's version, as the generator's training and the arm's own run name it."""
+    return [part.get("versions", {}).get("code") for part in (record["generator"], record)]
 
 
 def compare(records: list[dict]) -> list[dict]:
@@ -656,7 +685,7 @@ def compare(records: list[dict]) -> list[dict]:
     for family in (primary, [row for row in rows if row["comparison"]]):
         for row, p in zip(family, significance.holm([row["p"] for row in family])):
             row["p_holm"] = p
-            row["verdict"] = _verdict(p, row["difference"])
+            row["verdict"] = _verdict(p, row["difference"], row["folds"])
     return primary + rows
 
 
@@ -711,8 +740,8 @@ def _difference(
     return result | {"difference": found["mean"], "low": low, "high": high, "p": found["p"]}
 
 
-def _verdict(p: float | None, difference: float | None) -> str:
-    if p is None:
+def _verdict(p: float | None, difference: float | None, folds: int) -> str:
+    if p is None or folds < FOLDS:
         return "too few folds"
     if p >= LEVEL:
         return "within the noise"
@@ -846,9 +875,11 @@ def _rules(study: Study, rows: list[dict]) -> str:
     return (
         f"{study.dataset} at {study.image_size} pixels; {study.updates} updates of {BATCH_SIZE} "
         f"images for every arm; generator {study.generator}, trained anew on each fold's training "
-        f"cells; {tests} real test cells a fold. Scores: mean ± sd over folds × seeds. Difference: "
-        f"of balanced accuracy, paired by fold, seeds averaged; t-test {correction}; p adjusted "
-        f"over all comparisons of the table (Holm 1979). Verdict: at p < {LEVEL}."
+        f"cells; {tests} real test cells a fold. Scores: mean ± sd over folds × seeds; the folds of "
+        "one seed share first weights and noise, so this spread holds other cells but no other luck "
+        f"of training. Difference: of balanced accuracy, paired by fold, seeds averaged; t-test "
+        f"{correction}; p adjusted over all comparisons of the table (Holm 1979). Verdict: at p < "
+        f"{LEVEL}, once all {FOLDS} folds are there."
     )
 
 

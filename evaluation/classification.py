@@ -5,7 +5,6 @@ study are compared at the same number of updates and the same batch size, whatev
 images, so that more images do not mean a longer training.
 """
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 from evaluation.agreement import agreement
 from utils import InputError, progress, random_flips_and_turns, to_model_range
 
-HISTORY_ROWS = 20  # and validations, in a training
+HISTORY_ROWS = 20  # in a training
 ANGLE = 10  # degrees
 BACKGROUND = 127  # what is erased becomes the middle of the range
 
@@ -87,7 +86,6 @@ def fit(
     oversample: bool = False,
     mixup: float = 0.0,
     seed: int = 0,
-    validation: tuple[Tensor, Tensor] | None = None,
 ) -> list[dict]:
     """Train a classifier in place, on its device, by AdamW with cosine decay from `lr`.
 
@@ -97,22 +95,19 @@ def fit(
     inverse of their class's number of images. oversample: images are drawn with replacement, each
     class equally often. mixup: the alpha of Zhang et al. 2018, section 2; 0 mixes nothing. seed:
     of the order of the images, the augmentation and the dropout; on a CPU it decides the result bit
-    for bit. validation: images and labels by whose balanced accuracy the weights are chosen, the
-    later ones where two steps are equal; else the last weights are kept.
-    Returns some twenty rows of `update`, `loss` and `accuracy`, means since the row before over the
-    images as they were trained on, and with validation `validation_balanced_accuracy`.
+    for bit. Returns some twenty rows of `update`, `loss` and `accuracy`, means since the row before
+    over the images as they were trained on.
     Raises InputError for images and labels that do not belong together, labels that the classifier
     does not know, unknown settings, and a loss that stops being finite.
     """
     _check(images, labels, updates, batch_size, augmentation, mixup)
     device = next(classifier.parameters()).device
     n_classes = predict(classifier, images[:1]).shape[1]
-    for given in (labels, validation[1]) if validation else (labels,):
-        if given.min() < 0 or given.max() >= n_classes:
-            raise InputError(
-                f"the classifier knows the labels 0 to {n_classes - 1}, got "
-                f"{given.min()} to {given.max()}"
-            )
+    if labels.min() < 0 or labels.max() >= n_classes:
+        raise InputError(
+            f"the classifier knows the labels 0 to {n_classes - 1}, got "
+            f"{labels.min()} to {labels.max()}"
+        )
     per_image = inverse_frequencies(labels.cpu(), n_classes)
     order = _order(labels.cpu(), per_image if oversample else None, updates * batch_size, seed)
     weight = per_image.to(device) if class_weights else None
@@ -122,7 +117,7 @@ def fit(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
 
     every = max(1, updates // HISTORY_ROWS)
-    history, best, kept, steps = [], -1.0, None, 0
+    history, steps = [], 0
     losses, hits = torch.zeros(2, device=device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -148,15 +143,7 @@ def fit(
             losses.zero_()
             hits.zero_()
             steps = 0
-            if validation:
-                names = [str(label) for label in range(n_classes)]
-                found = scores(predict(classifier, validation[0]), validation[1], names)
-                row["validation_balanced_accuracy"] = found["balanced_accuracy"]
-                if found["balanced_accuracy"] >= best:
-                    best, kept = found["balanced_accuracy"], copy.deepcopy(classifier.state_dict())
             history.append(row)
-    if kept:
-        classifier.load_state_dict(kept)
     return history
 
 

@@ -758,7 +758,7 @@ def augmentation_learning_curves(records: list[dict], classifier: str) -> Figure
         axes = figure.subplots(1, 2)
         for place, (arm, histories) in enumerate(arms.items()):
             updates = [row["update"] for row in histories[0]]
-            style = ("-", "--")[place // len(COLOURS)]
+            style = ("-", "--", ":", "-.")[place // len(COLOURS) % 4]
             for axis, name in zip(axes, ("loss", "accuracy")):
                 means = np.mean([[row[name] for row in history] for history in histories], axis=0)
                 axis.plot(updates, means, style, label=arm, color=COLOURS[place % len(COLOURS)])

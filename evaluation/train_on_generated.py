@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from evaluation import classification, figures
-from evaluation.augmentation import BATCH_SIZE, LR, SCORES, TITLES
+from evaluation.augmentation import BATCH_SIZE, LR, SCORES, TITLES, VERSION
 from evaluation.tables import reduced_shortfall, write_rows
 from utils import ImageSet, InputError, seed_everything, write_atomically
 
@@ -35,12 +35,12 @@ def train_on_generated(
     images: generated, uint8 [N, C, S, S]; labels: int64 [N], the classes that were asked for; sets:
     the splits train and test. The real cells are as many of each class, drawn from the train split;
     the test split is seen by neither. make_classifier: (name, classes, image size, channels) →
-    module. Returns plain types: classifier, updates, n, n_test, and `classification.scores` under
-    `generated` and `real`. Raises InputError for a class that the train split has too few cells of.
+    module. Returns plain types: `rules()`, n, n_test, and `classification.scores` under `generated`
+    and `real`. Raises InputError for a class that the train split has too few cells of.
     """
     train, test = sets["train"], sets["test"]
     rows = same_labels(labels, train)
-    result = {"classifier": CLASSIFIER, "updates": UPDATES, "n": len(labels), "n_test": len(test)}
+    result = {**rules(), "n": len(labels), "n_test": len(test)}
     for name, part in {
         "generated": (images, labels),
         "real": (train.images[rows], train.labels[rows]),
@@ -54,6 +54,17 @@ def train_on_generated(
         probabilities = classification.predict(classifier, test.images)
         result[name] = classification.scores(probabilities, test.labels, test.classes)
     return result
+
+
+def rules() -> dict:
+    """How the classifiers are trained: what must be the same for two results to be compared."""
+    return {
+        "classifier": CLASSIFIER,
+        "updates": UPDATES,
+        "batch_size": BATCH_SIZE,
+        "lr": LR,
+        "version": VERSION,
+    }
 
 
 def same_labels(labels: torch.Tensor, train: ImageSet) -> torch.Tensor:
@@ -79,7 +90,7 @@ def same_labels(labels: torch.Tensor, train: ImageSet) -> torch.Tensor:
 def may_be_shown(records: list[dict]) -> list[dict]:
     """Those of conditional models, without quick runs and reduced ones that no table shows.
 
-    Raises InputError where none is left.
+    Raises InputError where none is left, and for runs on several data sets.
     """
     groups = defaultdict(list)
     for record in records:
@@ -96,6 +107,12 @@ def may_be_shown(records: list[dict]) -> list[dict]:
             "there is no record of a conditional model that a table may show; train one at its "
             "full length first, such as cwgan_gp"
         )
+    data = sorted({f"{r['dataset']['name']} ({r['dataset']['sha256'][:8]})" for r in shown})
+    if len(data) > 1:
+        raise InputError(
+            f"the runs are of several data sets, {' and '.join(data)}, which no table can hold "
+            "together; move those of all but one into another folder of results"
+        )
     return shown
 
 
@@ -109,21 +126,21 @@ def compare(runs: list[tuple[dict, dict]]) -> list[dict]:
     groups = defaultdict(list)
     for record, found in runs:
         groups[record["model"], record["preset"]].append((record, found))
-    rules = {(f["classifier"], f["updates"], f["n"], f["n_test"]) for _, f in runs}
-    data = {record["dataset"]["sha256"] for record, _ in runs}
-    if len(rules) > 1 or len(data) > 1:
+    names = (*rules(), "n", "n_test")
+    measured = {tuple(found[name] for name in names) for _, found in runs}
+    if len(measured) > 1:
         raise InputError(
-            "these runs were not measured alike (classifier, updates, images or data set); "
-            "measure them again, or make one table of each"
+            f"these runs were not measured alike ({', '.join(names)}); measure them again"
         )
     one_of_each = {record["seed"]: found["real"] for record, found in runs}
     rows = [_row(REAL, "", list(one_of_each.values()), [])]
     for (model, preset), group in groups.items():
         reverse = [record["metrics"]["agreement"]["agreement"] for record, _ in group]
         rows.append(_row(model, preset, [found["generated"] for _, found in group], reverse))
-    first = runs[0][1]
-    rules = {name: first[name] for name in ("classifier", "updates", "n", "n_test")}
-    rows = [row | rules | {"dataset": runs[0][0]["dataset"]["name"]} for row in rows]
+    data, first = runs[0][0]["dataset"], runs[0][1]
+    shared = {name: first[name] for name in names}
+    shared |= {"dataset": data["name"], "duplicates": data["duplicates_across_splits"]}
+    rows = [row | shared for row in rows]
     return [rows[0], *sorted(rows[1:], key=lambda row: -row["balanced_accuracy_mean"])]
 
 
@@ -163,11 +180,13 @@ def markdown(rows: list[dict]) -> str:
         recalls.append(f"| {_name(row)} | {' | '.join(cells)} |")
     words = (
         f"{first['dataset']}: the classifier ({first['classifier']}, {first['updates']:,} updates "
-        f"of {BATCH_SIZE} images, no augmentation) learns from {first['n']:,} "
+        f"of {first['batch_size']} images, no augmentation) learns from {first['n']:,} "
         "images with the held-out cells' labels, or from as many real train cells of each class, "
         f"and is tested on the {first['n_test']:,} real cells of the test split, which neither it "
-        "nor a generator has seen. The reverse: how often a classifier of real train cells names "
-        "the class that was asked for. Mean ± sd over trainings of the generator."
+        f"nor a generator has seen, but for those that lie in two splits ({first['duplicates']} "
+        "identical pairs across all three). The reverse: how often a classifier of real train cells "
+        "names the class that was asked for. Mean ± sd over trainings of the generator; of real "
+        "cells, over the first weights of the classifier, before the same cells."
     )
     return "\n".join([*lines, "", words, "", "Recall of each class:", "", *recalls]) + "\n"
 
@@ -189,7 +208,8 @@ def read_or_measure(path: Path, key: str, measure: Callable[[], dict]) -> dict:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # none is there, or half a one
         stored = {}
-    if stored.get("key") == key and stored.get("updates") == UPDATES:
+    wanted = {"key": key, **rules()}
+    if {name: stored.get(name) for name in wanted} == wanted:
         return stored
     result = {"key": key, **measure()}
     text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"

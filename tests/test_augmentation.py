@@ -290,6 +290,8 @@ def made_record(study, arm: str, fold: int, value: float, seed: int = 0, classif
         "scores": share,
         "scores_on_generated": share if arm == "real" else None,
         "history": [{"update": u, "loss": 1 / u, "accuracy": value} for u in (1, 2)],
+        "generator": {"versions": {"code": 1}},
+        "versions": {"code": 1},
     }
 
 
@@ -366,6 +368,23 @@ def test_one_fold_decides_nothing():
     assert (row["p"], row["low"], row["verdict"]) == (None, None, "too few folds")
 
 
+def test_four_of_five_folds_decide_nothing():
+    study = augmentation.make_study("bccd")
+    records = made_records(study, {name: GAINS[name] for name in ("real", "real+traditional")})
+    *_, row = augmentation.compare(records)
+    assert row["verdict"] == "better"
+    *_, row = augmentation.compare([r for r in records if r["identity"]["fold"] != 2])
+    assert row["p"] < 0.05 and row["verdict"] == "too few folds"
+
+
+def test_any_number_of_arms_has_its_curves():
+    study = augmentation.make_study("imbalance", amounts=list(range(100, 2600, 100)))
+    arms = augmentation.arms(study)
+    records = [made_record(study, arm.name, 0, 0.5) for arm in arms]
+    figure = figures.augmentation_learning_curves(records, "cnn")
+    assert len(figure.axes[0].lines) == len(arms) > 28
+
+
 def write_records(folder: Path, records: list[dict]) -> None:
     for record in records:
         path = augmentation.record_path(folder, record["identity"])
@@ -427,6 +446,11 @@ def test_records_that_do_not_belong_together(tmp_path, bad_input):
     changed["sha256"]["test"] = "other cells"
     write_records(tmp_path, [made_record(study, "real", 1, 0.5), changed])
     with bad_input("real and real+GAN of fold 1 were tested on different cells"):
+        augmentation.collect(folder)
+    later = made_record(study, "real+GAN", 1, 0.5)
+    later["generator"]["versions"]["code"] = 2
+    write_records(tmp_path, [later])
+    with bad_input("different versions of the code ([2, 1] and [1, 1])"):
         augmentation.collect(folder)
     path = augmentation.record_path(tmp_path, changed["identity"])
     path.write_text("{")
@@ -495,7 +519,12 @@ def test_a_fold_is_an_executed_notebook(tiny_data, tmp_path):
         (["--set=update=2"], "no parameter update"),
         (["--set=classifiers=['vgg']"], "unknown classifier 'vgg'"),
         (["--set=classifiers=cnn"], "classifiers must be names in a list, got 'cnn'"),
+        (["--set=classifiers=[]"], "classifiers must be names in a list, got []"),
         (["--set=generator=gan"], "unknown model 'gan'"),
+        (["--set=generator=dcgan", "--set=generator_settings={}"], "dcgan can't be asked for a class"),
+        (["--set=generator_settings=5"], "generator_settings must be a dictionary"),
+        (["--set=generator_settings={'image_size': 32}"], "image_size is the study's"),
+        (["--set=counts=16"], "counts must be a dictionary"),
         (["--set=generator_settings={'epoch': 1}"], "no setting 'epoch'"),
     ],
 )

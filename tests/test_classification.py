@@ -90,8 +90,6 @@ def test_the_seed_alone_decides_the_order():
     first = seen_by(30, seed=1, **options)
     torch.manual_seed(99)
     assert seen_by(30, seed=1, **options) == first
-    labels = torch.arange(30) % 2
-    assert seen_by(30, seed=1, validation=(flat(*range(30)), labels), **options) == first
     assert seen_by(30, seed=2, **options) != first
 
 
@@ -186,31 +184,6 @@ def test_a_classifier_learns(noisy_cells, augmentation):
     json.dumps(history)
 
 
-def test_the_weights_of_the_best_validation_step_are_kept(noisy_cells):
-    """It begins as one that exchanges the classes, and so do the validation labels."""
-    images, labels = noisy_cells
-    recorder, wrong = Recorder(), (images, 1 - labels)
-    with torch.no_grad():
-        recorder.layer.weight.copy_(torch.tensor([[1.0], [-1.0]]))
-    history = fit(recorder, images, labels, updates=40, batch_size=16, lr=0.1, validation=wrong)
-    rows = [row["validation_balanced_accuracy"] for row in history]
-    assert rows[-1] < rows[0] == max(rows)
-    kept = scores(predict(recorder, images), 1 - labels, ("a", "b"))["balanced_accuracy"]
-    assert kept == max(rows)
-
-
-def test_of_equal_validation_steps_the_last_is_kept(noisy_cells):
-    images, labels = noisy_cells
-    states = []
-    for validation in ((images[:1], labels[:1]), None):
-        recorder = Recorder()
-        fit(recorder, images, labels, updates=5, validation=validation)
-        states.append(recorder.state_dict())
-    # Both classes begin equal, and the first image is dark: right from the first step on.
-    for name, value in states[0].items():
-        assert torch.equal(value, states[1][name]), name
-
-
 @pytest.mark.parametrize(
     "options, words",
     [
@@ -219,7 +192,6 @@ def test_of_equal_validation_steps_the_last_is_kept(noisy_cells):
         ({"labels": torch.tensor([0, 1, -1, 0])}, ("0 to 1", "got -1 to 1")),
         ({"images": flat(1, 2, 3, 4).float()}, ("uint8", "float32")),
         ({"images": flat(1)[:0], "labels": torch.zeros(0).long()}, ("0 labels",)),
-        ({"validation": (flat(1), torch.tensor([5]))}, ("0 to 1", "got 5 to 5")),
         ({"updates": 0}, ("at least 1", "got 0 and 64")),
         ({"batch_size": 0}, ("at least 1",)),
         ({"augmentation": "weak"}, ("'weak'", "none, traditional, strong")),

@@ -67,10 +67,10 @@ def made_run(model: str, seed: int, value: float, budget: str = "full") -> tuple
         "preset": "best",
         "seed": seed,
         "budget": budget,
-        "dataset": {"name": "cells", "sha256": "0"},
+        "dataset": {"name": "cells", "sha256": "0", "duplicates_across_splits": 2},
         "metrics": {"agreement": {"agreement": value / 2}, "frechet_distance": 1.0},
     }
-    found = {"classifier": "cnn", "updates": 40, "n": 10, "n_test": 4}
+    found = {**module.rules(), "n": 10, "n_test": 4}
     return record, found | {"generated": scores(value), "real": scores(0.9 + seed / 100)}
 
 
@@ -89,7 +89,7 @@ def test_the_table_is_made_from_records(tmp_path):
     assert all(path.stat().st_size for path in paths)
     text = paths[0].read_text()
     assert "| cvae best | 2 | 0.300 ± 0.141 |" in text
-    assert "10 images" in text and "4 real cells" in text
+    assert "10 images" in text and "4 real cells" in text and "2 identical pairs" in text
 
 
 def test_what_was_measured_otherwise_is_refused(bad_input):
@@ -107,20 +107,26 @@ def test_runs_that_no_table_shows_are_not_measured(bad_input):
     assert module.may_be_shown([full, quick, alone, unconditional]) == [full]
     with bad_input("no record of a conditional model that a table may show"):
         module.may_be_shown([quick, alone, unconditional])
+    elsewhere = made_run("cwgan_gp", 0, 0.2)[0]
+    elsewhere["dataset"] |= {"name": "discs", "sha256": "1"}
+    with bad_input("cells (0) and discs (1)"):
+        module.may_be_shown([full, elsewhere])
 
 
-def test_a_run_is_measured_once(tmp_path):
+def test_a_run_is_measured_once(tmp_path, monkeypatch):
     path, calls = tmp_path / "run.json", []
 
     def measure() -> dict:
         calls.append(1)
-        return {"updates": 40, "calls": len(calls)}
+        return {**module.rules(), "calls": len(calls)}
 
     first = read_or_measure(path, "a", measure)
     assert read_or_measure(path, "a", measure) == first == json.loads(path.read_text())
     assert read_or_measure(path, "b", measure)["calls"] == 2  # another run
     path.write_text(path.read_text()[:9])
     assert read_or_measure(path, "b", measure)["calls"] == 3
+    monkeypatch.setattr(module, "LR", 0.5)  # other rules: what is kept was measured otherwise
+    assert read_or_measure(path, "b", measure)["calls"] == 4
 
 
 def test_the_command(data_root, tiny_extractor, tmp_path, monkeypatch, capsys, bad_input):
@@ -157,5 +163,6 @@ def test_the_command(data_root, tiny_extractor, tmp_path, monkeypatch, capsys, b
     (folder / "weights.pt").unlink()
     assert run_suite.main(command) == 0  # read, not measured again
     (tmp_path / "augmentation" / "generators" / "cwgan_gp-baseline-seed0.json").unlink()
-    assert run_suite.main(command) == 1
-    assert "was not kept; train this run again" in capsys.readouterr().err
+    with bad_input("has its weights.pt; train one again"):
+        run_suite.main(command)
+    assert "left out, since its weights are not kept here" in capsys.readouterr().out
