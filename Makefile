@@ -1,5 +1,5 @@
 # make demo    the four models on drawn cells, at quick size: no download, about ten minutes
-# make suite   the full job on BloodMNIST: SEEDS= MODELS= PRESET= EXTRACTOR= DATA_ROOT= narrow it
+# make suite   the full job on BloodMNIST: SEEDS= MODELS= PRESET= EXTRACTOR= DATA_ROOT= OUT= narrow it
 # Every target makes .venv and installs requirements.txt by itself, once.
 
 PYTHON ?= python3
@@ -17,7 +17,7 @@ RUN := $(VENV)/bin/python
 help:
 	@echo "make demo       four models, two seeds (SEEDS=), drawn cells -> results/demo"
 	@echo "make suite      four models, five seeds (SEEDS=), BloodMNIST -> results"
-	@echo "                narrow it with MODELS=\"cvae dcgan\" PRESET= EXTRACTOR= DATA_ROOT= JOBS="
+	@echo "                narrow it with MODELS=\"cvae dcgan\" PRESET= EXTRACTOR= DATA_ROOT= JOBS= OUT="
 	@echo "make ablations  changed settings against each preset, three seeds (SEEDS=)"
 	@echo "                -> results/ablations; GRID=published or best, MODELS= narrows it"
 	@echo "make augmentation  do synthetic cells help a classifier? STUDY=bccd, imbalance,"
@@ -38,27 +38,30 @@ demo: $(INSTALLED)
 
 suite: SEEDS ?= 5
 suite: JOBS ?= 1
+suite: OUT ?= results
 suite: $(INSTALLED)
 	$(RUN) run_suite.py --models $(MODELS) --preset $(PRESET) --seeds $(SEEDS) \
 		--dataset bloodmnist --data-root "$(DATA_ROOT)" --extractor "$(EXTRACTOR)" \
-		--out results --jobs $(JOBS)
+		--out "$(OUT)" --jobs $(JOBS)
 
 # Of all models that the grid has rows for, unless the command line says MODELS=.
 ablations: GRID ?= published
 ablations: MODELS :=
 ablations: SEEDS ?= 3
 ablations: JOBS ?= 1
+ablations: OUT ?= results
 ablations: $(INSTALLED)
 	$(RUN) run_suite.py --ablations $(GRID) $(if $(MODELS),--models $(MODELS)) --seeds $(SEEDS) \
 		--dataset bloodmnist --data-root "$(DATA_ROOT)" --extractor "$(EXTRACTOR)" \
-		--out results --jobs $(JOBS)
+		--out "$(OUT)" --jobs $(JOBS)
 
 augmentation: STUDY ?= bccd
 augmentation: SEEDS ?= 1
 augmentation: JOBS ?= 1
+augmentation: OUT ?= results
 augmentation: $(INSTALLED)
 	$(RUN) run_suite.py --study $(STUDY) --seeds $(SEEDS) --data-root "$(DATA_ROOT)" \
-		--out results --jobs $(JOBS)
+		--out "$(OUT)" --jobs $(JOBS)
 
 fid: $(INSTALLED)
 	$(RUN) run_suite.py --remeasure results --dataset bloodmnist --data-root "$(DATA_ROOT)" \

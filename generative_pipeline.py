@@ -47,6 +47,7 @@ from utils import (
     seed_everything,
     to_model_range,
     write_atomically,
+    write_text,
 )
 
 # Part of every run's identity. Raise it with any change that alters what a training gives;
@@ -211,8 +212,9 @@ class GenerativePipeline:
                 if writer:
                     images = self.steps_per_epoch * self.config.images_per_step
                     speed = images / (self.seconds - seconds_before)
-                    for name, value in {**row, "images_per_second": speed}.items():
-                        writer.add_scalar(name, value, self.step)
+                    with _writing_to(writer.log_dir):
+                        for name, value in {**row, "images_per_second": speed}.items():
+                            writer.add_scalar(name, value, self.step)
                 self._save_progress_grid(epoch, writer)
                 if self.step == self.total_steps:
                     self.training = self._describe_training()
@@ -296,7 +298,8 @@ class GenerativePipeline:
         if writer:
             names = list(self.sets["train"].classes) if model.conditional else []
             grid = labelled_grid(images, names, columns=8)
-            writer.add_image("samples", grid, self.step, dataformats="HWC")
+            with _writing_to(writer.log_dir):
+                writer.add_image("samples", grid, self.step, dataformats="HWC")
 
     def _tensorboard(self):
         try:
@@ -309,7 +312,8 @@ class GenerativePipeline:
                 ) from None
             return None
         folder = self.log_dir or self.out / "tensorboard"
-        return SummaryWriter(str(folder), purge_step=self.step + 1)
+        with _writing_to(folder):
+            return SummaryWriter(str(folder), purge_step=self.step + 1)
 
     # -----------------------------------------------------------------------------------------
     # Checkpoints
@@ -415,7 +419,7 @@ class GenerativePipeline:
         ]
         if differing:
             raise InputError(
-                f"{path} is of another run: {', '.join(differing)}; choose another folder"
+                f"{path} is of another run: {', '.join(differing)}; choose another folder (out)"
             )
         return state
 
@@ -511,14 +515,58 @@ class GenerativePipeline:
 
     def finished_record(self) -> dict | None:
         """The record of this very run if it has been written, else None."""
+        record = self._read_record()
+        if record is None or record.get("key") != self.run_key():
+            return None
+        # Older records do not name these; they are no part of the key, which they would change.
+        data, cells = record.get("dataset", {}), self._held_out_cells()
+        return record if {name: data.get(name, cells[name]) for name in cells} == cells else None
+
+    def check_folder(self) -> None:
+        """Refuse a folder with the weights or the record of another run, which would be lost.
+
+        A record of this run by older metrics, or against other held-out cells, may be replaced.
+        """
+        self._read_state(self.weights_path, WEIGHTS_FORMAT)
+        record = self._read_record() or {}
+        metrics = record.get("metrics", {})
+        there = {
+            "model": record.get("model"),
+            "preset": record.get("preset"),
+            "seed": record.get("seed"),
+            "dataset_sha256": record.get("dataset", {}).get("sha256"),
+            "extractor_sha256": metrics.get("protocol", {}).get("extractor_sha256"),
+            **record.get("config", {}),
+        }
+        here = {**self._identity(), "extractor_sha256": self.extractor().sha256}
+        differing = [
+            f"{name} ({value!r} there, {here.get(name)!r} here)"
+            for name, value in there.items()
+            if record and value != here.get(name)
+        ]
+        if differing:
+            raise InputError(
+                f"{self.record_path} is of another run: {', '.join(differing)}; choose another "
+                "folder (out), or delete it"
+            )
+
+    def _read_record(self) -> dict | None:
+        """The record that lies in the run's folder, of whatever run; None where there is none."""
         try:
-            record = json.loads(self.record_path.read_text())
+            record = json.loads(self.record_path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         except ValueError:
             raise InputError(f"{self.record_path} is not JSON; delete it to measure anew") from None
-        own = isinstance(record, dict) and record.get("key") == self.run_key()
-        return record if own else None
+        except OSError as error:
+            raise InputError(
+                f"{self.record_path} cannot be read ({error.strerror}); choose another folder"
+            ) from None
+        return record if isinstance(record, dict) else None
+
+    def _held_out_cells(self) -> dict:
+        held_out = self.sets["held_out"]
+        return {"held_out_sha256": held_out.sha256(), "classes": list(held_out.classes)}
 
     def evaluate(self) -> dict:
         """Measure the trained model under the default protocol and write the run's record.
@@ -529,8 +577,8 @@ class GenerativePipeline:
         record = self.finished_record()
         if record:
             return record
-        if self.training is None:
-            raise InputError(f"{self.out} is trained to step {self.step} of {self.total_steps}")
+        self.check_folder()
+        self._require_trained()
         held_out = self.sets["held_out"]
         start = time.monotonic()
         fakes = self.sample(held_out.labels)
@@ -540,8 +588,15 @@ class GenerativePipeline:
         self._save_pictures(fakes, metrics, suspects)
         record = self._record(metrics, sampling_seconds)
         text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-        write_atomically(self.record_path, lambda path: path.write_text(text))
+        write_text(self.record_path, text)
         return record
+
+    def _require_trained(self) -> None:
+        if self.training is None:
+            raise InputError(
+                f"{self.out} is trained to step {self.step} of {self.total_steps}; train() trains "
+                "it to its end, or loads its weights"
+            )
 
     def _save_pictures(self, fakes: torch.Tensor, metrics: dict, suspects: Suspects) -> None:
         """Grids and curves as pictures, and the first images for the comparison of models."""
@@ -574,18 +629,19 @@ class GenerativePipeline:
             raise InputError(f"{self.name} can't be asked for a class; evaluate() measures it")
         path, key = self.out / "per_class.json", {"key": self.run_key(), "n": n}
         with contextlib.suppress(OSError, ValueError):
-            stored = json.loads(path.read_text())
+            stored = json.loads(path.read_text(encoding="utf-8"))
             if {name: stored.get(name) for name in key} == key:
                 return stored
+        self._require_trained()
         labels = class_balanced_labels(self.config.n_classes, n)
         images = self.sample(labels)
         result = per_class.evaluate_per_class(images, labels, self.sets, self.extractor())
         picture = figures.real_and_generated_by_class(result, self.sets["held_out"], images, labels)
         figures.save(picture, self.out / "per_class.png")
         table = per_class.per_class_markdown(result)
-        write_atomically(self.out / "per_class.md", lambda file: file.write_text(table))
+        write_text(self.out / "per_class.md", table)
         text = json.dumps({**key, **result}, indent=1, ensure_ascii=False) + "\n"
-        write_atomically(path, lambda file: file.write_text(text))
+        write_text(path, text)
         return {**key, **result}
 
     def measure_sampling(self, variants: list[dict], n: int = 512) -> list[dict]:
@@ -602,9 +658,10 @@ class GenerativePipeline:
         chosen = [self._sampling_settings(settings) for settings in ({}, *variants)]
         study = {"key": self.run_key(), "extractor": extractor.name, "n": n, "settings": chosen}
         with contextlib.suppress(OSError, ValueError):
-            stored = json.loads(path.read_text())
+            stored = json.loads(path.read_text(encoding="utf-8"))
             if {name: stored.get(name) for name in study} == study:
                 return stored["rows"]
+        self._require_trained()
         real, model, rows = features.extract(val.images, extractor), self.kept_model(), []
         for settings in progress(chosen, desc="sampler settings"):
             model.config = dataclasses.replace(self.config, **settings)
@@ -622,7 +679,7 @@ class GenerativePipeline:
             )
         figures.save(figures.sampling_quality(rows), self.out / "sampling.png")
         text = json.dumps({**study, "rows": rows}, indent=1) + "\n"
-        write_atomically(path, lambda partial: partial.write_text(text))
+        write_text(path, text)
         return rows
 
     def _sampling_settings(self, changes: dict) -> dict:
@@ -674,6 +731,7 @@ class GenerativePipeline:
                 "n": len(train),
                 "sha256": self.dataset_sha256,
                 "duplicates_across_splits": len(duplicates),
+                **self._held_out_cells(),
             },
             "parameters": sum(p.numel() for p in self.model.parameters()),
             **self.training,
@@ -696,6 +754,18 @@ def pick_precision(name: str | None, device: torch.device) -> str:
     if name == "bfloat16" and device.type == "cpu":
         raise InputError("bfloat16 is about 13 times slower than float32 on a CPU; use float32")
     return name or usual
+
+
+@contextlib.contextmanager
+def _writing_to(folder: str | Path):
+    """Turn what TensorBoard raises where it cannot write into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {folder}: {error.strerror or error}; make room or choose another "
+            "folder"
+        ) from None
 
 
 @contextlib.contextmanager

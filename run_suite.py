@@ -48,7 +48,14 @@ from evaluation.train_on_generated import (
     write_report,
 )
 from generative_pipeline import GenerativePipeline, run_folder
-from utils import LOADERS, InputError, OneSentenceParser, exit_on_bad_input, pick_device
+from utils import (
+    LOADERS,
+    InputError,
+    OneSentenceParser,
+    exit_on_bad_input,
+    pick_device,
+    write_atomically,
+)
 
 ROOT = Path(__file__).resolve().parent
 COMPARE = ROOT / "notebooks" / "compare_models.ipynb"
@@ -224,6 +231,7 @@ def plan(rows: list[list[Task]]) -> tuple[list[Task], list[Task]]:
         for seed, task in enumerate(row):
             # The data is the same for every seed: load it once.
             pipeline.seed, pipeline.out = seed, task.target.parent
+            pipeline.check_folder()
             finished = pipeline.finished_record() and _is_whole(task.target)
             (done if finished else to_do).append(task)
     return done, sorted(to_do, key=lambda task: task.parameters["seed"])
@@ -495,8 +503,8 @@ def remeasure(options: argparse.Namespace) -> dict[str, str]:
 
 def _remeasure_run(record: dict, source: Path, options: argparse.Namespace) -> str:
     target = run_folder(options.out, *_run(record))
-    target.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(_kept_weights(record, source), target / "weights.pt")
+    weights = _kept_weights(record, source)
+    write_atomically(target / "weights.pt", lambda path: shutil.copyfile(weights, path))
     pipeline = _trained_pipeline(record, target, options.device)
     pipeline.evaluate()
     return describe(pipeline.record_path)
@@ -599,6 +607,12 @@ class Runner:
 
     def execute(self, task: Task) -> str | None:
         """Execute the notebook aside and rename it; returns the cause where it failed."""
+        try:
+            return self._execute(task)
+        except OSError as error:  # of its folder; the other tasks go on
+            return f"{task.target.parent} cannot be written ({error.strerror or error})"
+
+    def _execute(self, task: Task) -> str | None:
         task.target.parent.mkdir(parents=True, exist_ok=True)
         failed = task.target.with_name("failed.ipynb")
         partial = task.target.with_name(f"{task.target.name}.partial")
@@ -758,7 +772,7 @@ def _quarters(task: Task) -> int:
 
 def describe(record: Path) -> str:
     """A run's numbers in one line."""
-    metrics = json.loads(record.read_text())["metrics"]
+    metrics = json.loads(record.read_text(encoding="utf-8"))["metrics"]
     distance = metrics["frechet_distance"]
     words = f"{metrics['distance_name']} {distance:.1f}, " if distance is not None else ""
     return f"{words}KID {metrics['kid']:.4g}"

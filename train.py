@@ -204,7 +204,9 @@ def default_folder(
 def train(arguments: list[str]) -> None:
     options, settings = parse_training(arguments)
     dataset, root = find_data(options)
-    size = options.image_size or USUAL_SIZE.get(dataset.partition(":")[0], 28)
+    size = options.image_size
+    if size is None:
+        size = USUAL_SIZE.get(dataset.partition(":")[0], 28)
     model, preset, seed = options.model, options.preset, options.seed
     pipeline = GenerativePipeline(
         model,
@@ -235,8 +237,8 @@ def train(arguments: list[str]) -> None:
         pipeline.extractor()  # a missing one is told before the training, not after it
     except InputError as error:
         raise InputError(f"{error}; `--extractor demo` needs no file and no download") from None
-    if not pipeline.finished_record():
-        pipeline.train()
+    if options.per_class or not pipeline.finished_record():
+        pipeline.train()  # a finished one only loads its weights
     metrics = pipeline.evaluate()["metrics"]
     distance = metrics["frechet_distance"]
     first = "" if distance is None else f"{metrics['distance_name']} {distance:.1f}, "

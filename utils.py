@@ -19,6 +19,7 @@ import random
 import shutil
 import sys
 import tempfile
+import uuid
 import warnings
 import zipfile
 import zlib
@@ -151,10 +152,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("CACHE_ROOT") or Path(__file__).parent / ".cache")
 
 
+def files_below(folder: str | Path) -> list[Path]:
+    """All files in a folder and its sub-folders, linked ones too, sorted by their paths."""
+    walk = os.walk(folder, followlinks=True)  # rglob leaves linked folders out
+    return sorted(Path(parent) / name for parent, _, names in walk for name in names)
+
+
 def write_atomically(path: str | Path, write) -> None:
     """Call write(partial_path), then rename: the file is there whole or not at all."""
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    path = Path(path).absolute()
+    # Not the process's number, which two containers with one cache may share.
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(partial)
@@ -172,6 +180,11 @@ def write_atomically(path: str | Path, write) -> None:
     finally:
         with contextlib.suppress(OSError):  # its folder may be no folder, or read-only
             partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file in UTF-8: it is there whole or not at all."""
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -235,7 +248,7 @@ def load_dataset(
         raise InputError(f"unknown split {split!r}; known are {', '.join(SPLITS)}, held_out")
     if size < 1:
         raise InputError(f"image size {size} is not positive")
-    root = Path(root or os.environ.get("DATA_ROOT") or Path(__file__).parent / "data")
+    root = Path(root or os.environ.get("DATA_ROOT") or Path(__file__).parent / "data").expanduser()
     label, images, labels, classes = LOADERS[kind](root, size, split, *attribute)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise InputError(
@@ -259,13 +272,17 @@ def load_dataset(
 def recognise_data_dir(path: str | Path) -> tuple[str, Path]:
     """The name and root for `load_dataset` of a folder or zip that a user points to.
 
-    `pbc`: a data root that holds PBC, or PBC's eight class sub-folders; `folder`: any other class
-    sub-folders. Raises InputError where there are none.
+    `pbc`: a data root that holds PBC, or PBC's eight class sub-folders with .jpg files alone;
+    `folder`: any other class sub-folders. Raises InputError where there are none.
     """
     path = Path(path)
     if any((path / name).exists() for name in PBC_NAMES):
         return "pbc", path
-    return "pbc" if set(list_classes(path)) == set(PBC_CLASSES) else "folder", path
+    classes = list_classes(path)
+    files = [name for found in classes.values() for name, *_ in found]
+    names = [name for name in files if _looks_like_an_image(name)]
+    is_pbc = set(classes) == set(PBC_CLASSES) and all(map(_is_jpg, names))
+    return "pbc" if is_pbc else "folder", path
 
 
 # What numpy and zipfile raise for a file that is cut short, damaged or of another kind.
@@ -330,6 +347,7 @@ def _download_of(path: Path, help_text: str):
 LARGEST_ZIP = 20e9  # bytes, unpacked
 # A member that unpacks to more than this many bytes, at more than this ratio, is no image.
 LARGEST_DENSE_MEMBER, LARGEST_RATIO = 100e6, 200
+TWELVE_BITS = 4095  # the highest value of a 12-bit camera
 
 
 def list_classes(source: Path) -> dict[str, list[tuple[str, int, int]]]:
@@ -347,8 +365,7 @@ def list_classes(source: Path) -> dict[str, list[tuple[str, int, int]]]:
         entries = _folder_entries(source) if source.is_dir() else _zip_entries(source)
     except (*BROKEN_ARCHIVE, UnicodeDecodeError) as error:
         raise InputError(f"{source} cannot be read ({error}); it may be cut short, get it anew")
-    hidden = (".", "__MACOSX")
-    entries = [entry for entry in entries if not any(part.startswith(hidden) for part in entry[0])]
+    entries = [entry for entry in entries if entry[0] and not _is_hidden(entry[0])]
     for parts, *_ in entries:
         if not "".join(parts).isprintable():  # a line break would break sentences and tables
             raise InputError(f"{source}: rename {'/'.join(parts)!r}, it can't be printed")
@@ -378,8 +395,29 @@ def list_classes(source: Path) -> dict[str, list[tuple[str, int, int]]]:
     }
 
 
+def _is_jpg(name: str) -> bool:
+    return name.lower().endswith(".jpg")
+
+
 def _looks_like_an_image(name: str) -> bool:
     return Image.registered_extensions().get(Path(name).suffix.lower()) in Image.OPEN
+
+
+def _is_hidden(parts: tuple[str, ...]) -> bool:
+    return any(part.startswith((".", "__MACOSX")) for part in parts)
+
+
+def _parts(member: str) -> tuple[str, ...]:
+    """Of a zip member's path, without the `.` that some programs begin it with."""
+    return tuple(part for part in member.split("/") if part not in ("", "."))
+
+
+def _open_zip(source: Path) -> zipfile.ZipFile:
+    """A zip whose names without a stated encoding are UTF-8, as macOS writes them, else cp437."""
+    try:
+        return zipfile.ZipFile(source, metadata_encoding="utf-8")
+    except UnicodeDecodeError:
+        return zipfile.ZipFile(source)
 
 
 def _folder_entries(source: Path) -> list[tuple]:
@@ -393,7 +431,7 @@ def _folder_entries(source: Path) -> list[tuple]:
 
 def _zip_entries(source: Path) -> list[tuple]:
     """The same for a zip, at any depth."""
-    with zipfile.ZipFile(source) as archive:
+    with _open_zip(source) as archive:
         members = archive.infolist()
     for info in members:
         path = PureWindowsPath(info.filename)  # it knows drives and both kinds of slashes
@@ -414,7 +452,7 @@ def _zip_entries(source: Path) -> list[tuple]:
             "unpack it and name its folder"
         )
     return [
-        (tuple(info.filename.rstrip("/").split("/")), info.is_dir(), info.file_size, info.CRC)
+        (_parts(info.filename), info.is_dir(), info.file_size, info.CRC)
         for info in members
     ]
 
@@ -452,14 +490,19 @@ def resize_images(
     file that is no whole image, too large for Pillow's limit or smaller than its crop.
     """
     images = np.empty((len(names), size, size, 3), np.uint8)
-    opened = contextlib.nullcontext() if source.is_dir() else zipfile.ZipFile(source)
+    highest = 0  # of all 16-bit pixels
+    opened = contextlib.nullcontext() if source.is_dir() else _open_zip(source)
     with opened as archive, warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        members = {"/".join(n.split("/")[-2:]): n for n in archive.namelist()} if archive else {}
+        paths = [(_parts(name), name) for name in archive.namelist()] if archive else []
+        members = {"/".join(p[-2:]): name for p, name in paths if not _is_hidden(p)}
         for row, name in enumerate(progress(names, desc=f"{source.stem} at {size} pixels")):
             try:
                 data = archive.read(members[name]) if archive else (source / name).read_bytes()
-                image = to_rgb(Image.open(io.BytesIO(data)))
+                image = Image.open(io.BytesIO(data))
+                if image.mode.startswith("I"):
+                    highest = max(highest, image.getextrema()[1])
+                image = to_rgb(image)
             except (Image.DecompressionBombWarning, Image.DecompressionBombError):
                 limit = f"{Image.MAX_IMAGE_PIXELS:,}"
                 raise InputError(f"{source}: image {name} has over {limit} pixels; make it smaller")
@@ -471,6 +514,11 @@ def resize_images(
                 least = "its annotation says" if boxes else f"{crop}×{crop} pixels"
                 raise InputError(f"{source}: image {name} is smaller than {least}")
             images[row] = np.asarray(image.crop(box).resize((size, size), BILINEAR))
+    if 0 < highest <= TWELVE_BITS:
+        raise InputError(
+            f"{source}: the 16-bit images use 0 to {highest} of 65,535 alone, as cameras of 12 "
+            "bits or fewer write them, and would be nearly black; convert them to 8 bits"
+        )
     return images
 
 
@@ -593,12 +641,19 @@ def find_pbc(root: Path) -> Path:
 
 def list_pbc(source: Path) -> tuple[list[str], str]:
     """Sorted names `class/file.jpg` and a fingerprint of names and sizes."""
-    entries = [
+    files = [
         (kind, file, size)
         for kind, files in list_classes(source).items()
         for file, size, _ in files
-        if file.lower().endswith(".jpg")
+        if _looks_like_an_image(file)
     ]
+    entries = [entry for entry in files if _is_jpg(entry[1])]
+    for kind, file, _ in files:
+        if not _is_jpg(file) and {entry[0] for entry in files} == set(PBC_CLASSES):
+            raise InputError(
+                f"{source}: {kind}/{file} is none of PBC's images, which are .jpg; take it out, or "
+                "load the images as a folder of your own (--dataset folder)"
+            )
     found = {entry[0] for entry in entries}
     if found != set(PBC_CLASSES):
         strange, missing = sorted(found - set(PBC_CLASSES)), sorted(set(PBC_CLASSES) - found)
@@ -638,18 +693,18 @@ def split_pbc(path: Path, names: list[str]) -> dict[str, list[int]]:
 # ---------------------------------------------------------------------------------------------
 
 BCCD_CLASSES = ("eosinophil", "lymphocyte", "monocyte", "neutrophil")
-# In studies of whole smears. They are the numbers of rows that name the class, so that a smear
+# In studies of whole photographs. They are the numbers of rows that name the class, so that one
 # with two cells counts twice; neutrophils alone are named in 217 rows.
 BCCD_PUBLISHED = {"eosinophil": 94, "lymphocyte": 37, "monocyte": 23, "neutrophil": 215}
 BCCD_MARGIN = 1.1  # side of the square over the longer side of the cell's box
 
 
 def _load_bccd(root: Path, size: int, split: str):
-    """BCCD (367 smears of 640×480 pixels): the white cell of each smear, cut by its box.
+    """BCCD (367 photographs of smears, 640×480 pixels): the white cell of each, cut by its box.
 
     The square around the box's centre, its side 1.1 times the box's longer side, is moved inside
-    the smear and resized, so that all cells look about equally large. `bccd_counts` tells which
-    smears are left out. Split 7 : 1 : 2 by class; cached as one file.
+    the photograph and resized, so that all cells look about equally large. `bccd_counts` tells
+    which photographs are left out. Split 7 : 1 : 2 by class; cached as one file.
     """
     cells, _ = _list_bccd(root)
     folder = root / "BCCD" / "JPEGImages"
@@ -667,7 +722,7 @@ def bccd_counts(root: str | Path) -> dict[str, dict[str, int]]:
     """How many cells of BCCD are used and why the other rows of labels.csv are not.
 
     Returns `used` by class, `left_out` by reason, and `published` by class for comparison. A row
-    is left out if it has no class, names several cells or a basophil, or if its smear is missing
+    is left out if it has no class, names several cells or a basophil, or if its image is missing
     or does not have exactly one box of a white cell. Raises InputError as `load_dataset` does.
     """
     cells, left_out = _list_bccd(Path(root))
@@ -683,8 +738,8 @@ def _list_bccd(root: Path) -> tuple[list[tuple[str, int, tuple]], dict[str, int]
     """(file, label, square) of each cell that is used; the number of other rows by reason."""
     folder = root / "BCCD"
     labels = _bccd_labels(folder / "labels.csv")
-    smears = {path.name for path in (folder / "JPEGImages").glob("BloodImage_*.jpg")}
-    unknown = sorted(smears - {f"BloodImage_{number:05d}.jpg" for number in labels})
+    photographs = {path.name for path in (folder / "JPEGImages").glob("BloodImage_*.jpg")}
+    unknown = sorted(photographs - {f"BloodImage_{number:05d}.jpg" for number in labels})
     if unknown:
         raise InputError(f"{folder / 'labels.csv'} has no row for {unknown[0]}; get it anew")
     reasons = ("no class", "several cells", "basophil", "no image", "no box", "several boxes")
@@ -693,7 +748,7 @@ def _list_bccd(root: Path) -> tuple[list[tuple[str, int, tuple]], dict[str, int]
     for number, kinds in labels.items():
         name = f"BloodImage_{number:05d}"
         annotation = folder / "Annotations" / f"{name}.xml"
-        if annotation.exists() and f"{name}.jpg" not in smears:
+        if annotation.exists() and f"{name}.jpg" not in photographs:
             raise InputError(f"{folder / 'JPEGImages' / name}.jpg is missing; get BCCD anew")
         boxes = _bccd_boxes(annotation) if annotation.exists() else []
         if not kinds:
@@ -702,7 +757,7 @@ def _list_bccd(root: Path) -> tuple[list[tuple[str, int, tuple]], dict[str, int]
             left_out["several cells"] += 1
         elif kinds == ["basophil"]:
             left_out["basophil"] += 1
-        elif f"{name}.jpg" not in smears:
+        elif f"{name}.jpg" not in photographs:
             left_out["no image"] += 1
         elif len(boxes) != 1:
             left_out["several boxes" if boxes else "no box"] += 1
@@ -712,7 +767,7 @@ def _list_bccd(root: Path) -> tuple[list[tuple[str, int, tuple]], dict[str, int]
 
 
 def _bccd_labels(path: Path) -> dict[int, list[str]]:
-    """The classes that each row of labels.csv names, by the number of its smear."""
+    """The classes that each row of labels.csv names, by the number of its photograph."""
     if not path.is_file():
         raise InputError(f"{path} does not exist; set DATA_ROOT to the folder that holds BCCD")
     labels = {}

@@ -29,6 +29,7 @@ from utils import (
     class_balanced_labels,
     exit_on_bad_input,
     write_atomically,
+    write_text,
 )
 
 PRESETS, SEED = ("best", "best_small"), 0  # the first that is finished
@@ -65,7 +66,7 @@ DATA = {
         "Drawn cells only show that the code runs; the images say nothing of real blood.",
     ),
     "bccd": (
-        "BCCD, one white cell cut from each smear. Licence of the data: MIT.",
+        "BCCD, one white cell cut from each photograph. Licence of the data: MIT.",
         "A few hundred cells of one source, some classes with a few dozen; nothing is known of "
         "other laboratories, stains or diseases, or of the patients.",
     ),
@@ -130,9 +131,9 @@ def ship(run: str | Path, out: str | Path, suffix: str = "") -> Path:
     sha256 = hashlib.sha256(data).hexdigest()
     record["checkpoint"] = {"file": path.name, "sha256": sha256, "bytes": len(data)}
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-    write_atomically(path.with_suffix(".json"), lambda p: p.write_text(text, encoding="utf-8"))
+    write_text(path.with_suffix(".json"), text)
     card = model_card(record, [record, *_other_seeds(Path(run))])
-    write_atomically(path.with_suffix(".md"), lambda p: p.write_text(card, encoding="utf-8"))
+    write_text(path.with_suffix(".md"), card)
     return path
 
 
@@ -195,9 +196,10 @@ def model_card(record: dict, trainings: list[dict]) -> str:
     size, file = config["image_size"], record["checkpoint"]["file"]
     shortfall = record["budget"] == "reduced" and tables.reduced_shortfall(trainings)
     numbers = _no_numbers(shortfall) if shortfall else _numbers(record, trainings)
+    kind = KINDS[model][0].upper() + KINDS[model][1:]
     return f"""# {model} {preset}
 
-{KINDS[model].capitalize()} for images of single blood cells, {size}×{size} pixels with
+{kind} for images of single blood cells, {size}×{size} pixels with
 {config["image_channels"]} channels, of {len(classes)} classes: {", ".join(classes)}. {asked}
 Networks, loss and sampler are in `{source}`, which names the papers.
 {record["parameters"]:,} parameters; the file holds the weights that were chosen and measured, in

@@ -1,6 +1,7 @@
 """Deep convolutional GAN (Radford, Metz and Chintala 2016, "Unsupervised Representation Learning
 with Deep Convolutional Generative Adversarial Networks"; the objective is equation (1) of
-Goodfellow et al. 2014, with smoothed labels as in Salimans et al. 2016, section 3.4).
+Goodfellow et al. 2014, with both labels smoothed, as published for BloodMNIST; Salimans et al.
+2016, section 3.4, smooth the real one alone).
 """
 
 from dataclasses import dataclass, replace
@@ -126,7 +127,8 @@ class Model(nn.Module):
         """One discriminator update, then `generator_steps` of the generator.
 
         images: [-1, 1], [N, C, 28, 28]; the labels are not used. Logs the two losses, D(x), and
-        D(G(z)) before and after the generator's updates, as probabilities.
+        D(G(z)) before the discriminator's update and before the generator's last one, as
+        probabilities.
         """
         config, n = self.config, len(images)
         # Discriminator: maximise log D(x) + log(1 - D(G(z))), equation (1).

@@ -9,6 +9,7 @@ they have classes, `labels`.
 """
 
 import argparse
+import hashlib
 import json
 import zipfile
 import zlib
@@ -28,11 +29,12 @@ from utils import (
     InputError,
     OneSentenceParser,
     exit_on_bad_input,
+    files_below,
     load_dataset,
     make_grid,
     pick_device,
     save_png,
-    write_atomically,
+    write_text,
 )
 
 SHOWN = 64
@@ -88,7 +90,10 @@ def main(arguments: list[str] | None = None) -> None:
         name = reference.extractor.split("-")[0]
         own = name if name in ("domain", "demo") else None
         extractor = load_extractor(options.extractor or own, device)
-    out = Path(options.out or Path("judged") / Path(options.images).resolve().stem)
+    name = Path(options.images).resolve().name.removesuffix(".npz")
+    out = Path(options.out or Path("judged") / name)
+    own = {"images": Path(options.images).name, "sha256": sha256_of(images)}
+    _refuse_other_images(out / "record.json", own)
 
     metrics = protocol.evaluate(reference, images, extractor, labels, label_distribution=GIVEN)
     if sets:
@@ -114,15 +119,31 @@ def main(arguments: list[str] | None = None) -> None:
     if labels is not None:
         run = {"model": "these images", "preset": "", "budget": "full", "metrics": metrics}
         table += "\n\n" + tables.per_class_markdown(tables.per_class_table([run]))
-    record = json.dumps({"images": Path(options.images).name, "metrics": metrics}, indent=1)
-    write_atomically(out / "record.json", lambda path: path.write_text(record + "\n"))
-    write_atomically(out / "table.md", lambda path: path.write_text(table + "\n"))
+    record = json.dumps({**own, "metrics": metrics}, indent=1)
+    for file, text in {"record.json": record, "table.md": table}.items():
+        write_text(out / file, text + "\n")
     rules = metrics["protocol"]
     print(
         f"\n{rules['n_fake']:,} images against the {rules['n_real']:,} of the "
         f"{rules['reference_split']} split of {rules['dataset']}\n\n{table}\n\n"
         f"record, table and figures: {out}"
     )
+
+
+def sha256_of(images: torch.Tensor) -> str:
+    """Of the images' pixels, uint8 [N, C, H, W]."""
+    return hashlib.sha256(images.contiguous().numpy()).hexdigest()
+
+
+def _refuse_other_images(record: Path, own: dict) -> None:
+    try:
+        there = json.loads(record.read_text(encoding="utf-8")).get("sha256")
+    except (OSError, ValueError, AttributeError):  # none is there, or half a one
+        return
+    if there != own["sha256"]:
+        raise InputError(
+            f"{record} judges other images than {own['images']}; name another folder with --out"
+        )
 
 
 def floor_at(floors: tuple[dict, ...], n: int) -> dict:
@@ -178,7 +199,7 @@ def load_images(
         return _load_archive(path, classes, channels)
     if not path.is_dir():
         raise InputError(f"{path} is no folder and no .npz file; give one of them")
-    files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+    files = [file for file in files_below(path) if not file.name.startswith(".")]
     if not files:
         raise InputError(f"{path} holds no images; give another folder")
     arrays = [_read(file, channels) for file in files]

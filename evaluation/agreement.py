@@ -86,9 +86,14 @@ def train_classifier(
         try:
             network.load_state_dict(torch.load(path, map_location=device, weights_only=True))
         except Exception:  # none is there, or a damaged one, which raises nearly anything
+            path.unlink(missing_ok=True)
             _fit(network, train, val, device)
             state = network.state_dict()
-            write_atomically(path, lambda partial: torch.save(state, partial))
+            # Runs side by side may all come here, and no two GPU trainings are equal: the first
+            # one's network serves them all.
+            if not path.exists():
+                write_atomically(path, lambda partial: torch.save(state, partial))
+            network.load_state_dict(torch.load(path, map_location=device, weights_only=True))
     digest = hashlib.sha256()
     for value in network.state_dict().values():
         digest.update(value.cpu().contiguous().numpy())

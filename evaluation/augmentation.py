@@ -27,7 +27,7 @@ from evaluation import classification, figures, significance
 from evaluation.copies import TURNS, turned
 from evaluation.neighbours import distances
 from evaluation.tables import write_rows
-from utils import SPLITS, ImageSet, InputError, load_dataset, seed_everything, write_atomically
+from utils import SPLITS, ImageSet, InputError, load_dataset, seed_everything, write_text
 
 # Part of every record's identity. Raise it with any change that alters what an arm gives.
 VERSION = 1
@@ -533,9 +533,7 @@ def run_arms(
                     **describe_machine(device),
                 }
                 text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-                write_atomically(
-                    record_path(out, own), lambda path, text=text: path.write_text(text)
-                )
+                write_text(record_path(out, own), text)
             records.append(record)
     return records
 
@@ -875,11 +873,11 @@ def _rules(study: Study, rows: list[dict]) -> str:
     return (
         f"{study.dataset} at {study.image_size} pixels; {study.updates} updates of {BATCH_SIZE} "
         f"images for every arm; generator {study.generator}, trained anew on each fold's training "
-        f"cells; {tests} real test cells a fold. Scores: mean ± sd over folds × seeds; the folds of "
-        "one seed share first weights and noise, so this spread holds other cells but no other luck "
-        f"of training. Difference: of balanced accuracy, paired by fold, seeds averaged; t-test "
-        f"{correction}; p adjusted over all comparisons of the table (Holm 1979). Verdict: at p < "
-        f"{LEVEL}, once all {FOLDS} folds are there."
+        f"cells; {tests} real test cells a fold. Scores: mean ± sd over folds × seeds; the folds "
+        "of one seed share first weights and noise, so the spread holds other cells, but no other "
+        "luck of training. Difference: of balanced accuracy, paired by fold, seeds averaged; "
+        f"t-test {correction}; p adjusted over all comparisons of the table (Holm 1979). Verdict: "
+        f"at p < {LEVEL}, once all {FOLDS} folds are there."
     )
 
 

@@ -71,7 +71,7 @@ def load_extractor(spec: str | Path | None = None, device: torch.device | str = 
     """
     device = torch.device(device)
     spec = spec or os.environ.get("EXTRACTOR") or "inception"
-    path = Path(spec)
+    path = Path(spec).expanduser()
     if spec == "inception":
         path = _inception_file()
         module = _load_inception().to(device)

@@ -12,8 +12,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from evaluation.protocol import Protocol
-from evaluation.tables import BUDGETS, collect, results_table, run_table
-from utils import InputError, exit_on_bad_input, write_atomically
+from evaluation.tables import BUDGETS, collect, record_paths, results_table, run_table
+from utils import InputError, exit_on_bad_input, write_text
 
 PAGE = "README.md"
 COMPARISONS = {
@@ -93,7 +93,7 @@ def gallery(results: str | Path) -> str:
 def write_gallery(results: str | Path) -> Path:
     """Write the page into the folder, as README.md; returns its path."""
     page, text = Path(results) / PAGE, gallery(results)
-    write_atomically(page, lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(page, text)
     return page
 
 
@@ -107,7 +107,7 @@ def _runs(results: Path) -> list[tuple[dict, dict[int, Path]]]:
 
     Full budgets come first; under one protocol the order is that of the tables.
     """
-    folders = [path.parent for path in sorted((results / "runs").rglob("record.json"))]
+    folders = [path.parent for path in record_paths(results / "runs")]
     groups = defaultdict(list)
     for folder, record in zip(folders, collect(results / "runs"), strict=True):
         protocol = Protocol(**record["metrics"]["protocol"])

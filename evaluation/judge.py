@@ -15,7 +15,7 @@ from evaluation.agreement import (
 from evaluation.copies import Suspects, find_copies
 from evaluation.features import Extractor
 from evaluation.reference import Reference, make_reference
-from utils import ImageSet, cache_folder, write_atomically
+from utils import ImageSet, cache_folder, write_text
 
 VALIDATION_FREQUENCIES = "validation frequencies"
 # The data sets whose cells our own classifier knows.
@@ -66,15 +66,17 @@ def floor(
     """What held-out real cells get in the place of generated ones: pure sampling error.
 
     The copies' control takes one half of them, at random, as generated and the other half as held
-    out. The result is the same for every run, so it is kept in the cache folder.
+    out. The result is the same for every run, so it is kept in the cache folder; it holds the names
+    of data, classes and extractor, too.
     """
     train, held_out = sets["train"], sets["held_out"]
     data, networks = (train.sha256(), held_out.sha256()), (extractor.sha256, classifier.sha256)
-    parts = (protocol.METRICS_VERSION, *data, *networks)
+    names = (train.name, *train.classes, extractor.name, extractor.distance_name)
+    parts = (protocol.METRICS_VERSION, *data, *networks, *names)
     name = hashlib.sha256("/".join(map(str, parts)).encode()).hexdigest()[:16]
     path = cache_folder() / "floors" / f"{name}.json"
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         result = protocol.evaluate(reference, held_out.images, extractor, held_out.labels)
         order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))
@@ -82,7 +84,7 @@ def floor(
         result["copies"], _ = find_copies(half, train.images, other, extractor)
         result |= _by_classifier(held_out.images, held_out.labels, sets, classifier)
         text = json.dumps(result)
-        write_atomically(path, lambda partial: partial.write_text(text))
+        write_text(path, text)
         return result
 
 

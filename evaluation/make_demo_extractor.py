@@ -23,6 +23,7 @@ from utils import (
     random_flips_and_turns,
     to_model_range,
     write_atomically,
+    write_text,
 )
 
 FOLDER = Path(__file__).resolve().parent
@@ -117,7 +118,7 @@ def main() -> None:
     }
     text = json.dumps(record, indent=2) + "\n"
     write_atomically(FOLDER / "demo_extractor.pt", lambda path: path.write_bytes(data))
-    write_atomically(FOLDER / "demo_extractor.json", lambda path: path.write_text(text))
+    write_text(FOLDER / "demo_extractor.json", text)
     print(text, end="")
 
 

@@ -32,6 +32,7 @@ from utils import (
     to_model_range,
     to_uint8,
     write_atomically,
+    write_text,
 )
 
 FOLDER = Path(__file__).resolve().parent
@@ -196,7 +197,7 @@ def main() -> None:
         }
         text = json.dumps(record, indent=2) + "\n"
         write_atomically(FOLDER / "domain_extractor.pt", lambda path: path.write_bytes(data))
-        write_atomically(FOLDER / "domain_extractor.json", lambda path: path.write_text(text))
+        write_text(FOLDER / "domain_extractor.json", text)
     print(text, end="")
 
 

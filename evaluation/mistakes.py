@@ -41,7 +41,7 @@ from utils import (
     split_pbc,
     to_model_range,
     to_uint8,
-    write_atomically,
+    write_text,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -484,7 +484,7 @@ def measure(experiment, setup: Setup, out: str | Path = OUT, *images: torch.Tens
     seconds = round(time.monotonic() - start, 1)
     record = facts | {"device": str(setup.extractor.device), "seconds": seconds} | result
     text = json.dumps(record, indent=1) + "\n"
-    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_text(path, text)
     return record
 
 

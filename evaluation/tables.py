@@ -11,7 +11,15 @@ from pathlib import Path
 
 from custom_models.ablations import Ablation
 from evaluation.protocol import Protocol
-from utils import ImageSet, InputError, exit_on_bad_input, find_duplicates, write_atomically
+from utils import (
+    ImageSet,
+    InputError,
+    exit_on_bad_input,
+    files_below,
+    find_duplicates,
+    write_atomically,
+    write_text,
+)
 
 BUDGETS = ("full", "reduced", "quick")
 REDUCED_SEEDS = 3
@@ -101,8 +109,12 @@ def collect(folder: str | Path) -> list[dict]:
 
     Raises InputError, naming the file, for one that is no whole record.
     """
-    paths = sorted(Path(folder).rglob("record.json"))
-    return [_read_record(path) for path in paths]
+    return [_read_record(path) for path in record_paths(folder)]
+
+
+def record_paths(folder: str | Path) -> list[Path]:
+    """Where the records under `folder` lie, sorted."""
+    return [path for path in files_below(folder) if path.name == "record.json"]
 
 
 def split_by_budget(records: list[dict]) -> dict[str, list[dict]]:
@@ -167,7 +179,7 @@ def write_rows(rows: list[dict], text: str, stem: str | Path) -> None:
             writer.writerows(rows)
 
     write_atomically(f"{stem}.csv", write_csv)
-    write_atomically(f"{stem}.md", lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(f"{stem}.md", text)
 
 
 def per_class_table(records: list[dict], floor: dict | None = None) -> list[dict]:
@@ -335,10 +347,11 @@ def write_ablation_table(rows: list[dict], folder: str | Path) -> None:
 def run_table(record: dict) -> str:
     """One run's numbers beside the floor and the ceiling, and their rules, as Markdown."""
     metrics, rules = record["metrics"], record["metrics"]["protocol"]
+    asked = rules["label_distribution"] if "per_class" in metrics else "of whatever class they are"
     return f"""
 {metrics_table(metrics)}
 
-{rules["n_fake"]:,} generated images, {rules["label_distribution"]}, against the
+{rules["n_fake"]:,} generated images, {asked}, against the
 {rules["n_real"]:,} of the {rules["reference_split"]} split of {rules["dataset"]}; features:
 {rules["extractor"]}, {rules["feature_dim"]} dimensions. Budget: **{record["budget"]}**,
 {record["images_seen"]:,} images seen (epochs: {record["config"]["epochs"]}) in
@@ -722,7 +735,7 @@ def update_readme(readme: str | Path, folder: str | Path) -> None:
         parts.append("Runs at a reduced budget, which never share a table with full ones:\n")
         parts.append((folder / "results_reduced.md").read_text(encoding="utf-8"))
     text = before + "\n".join(parts) + "\n" + end + after
-    write_atomically(readme, lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(readme, text)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 from evaluation import classification, figures
 from evaluation.augmentation import BATCH_SIZE, LR, SCORES, TITLES, VERSION
 from evaluation.tables import reduced_shortfall, write_rows
-from utils import ImageSet, InputError, seed_everything, write_atomically
+from utils import ImageSet, InputError, seed_everything, write_text
 
 CLASSIFIER, UPDATES = "cnn", 3000
 REAL = "real cells"
@@ -184,9 +184,9 @@ def markdown(rows: list[dict]) -> str:
         "images with the held-out cells' labels, or from as many real train cells of each class, "
         f"and is tested on the {first['n_test']:,} real cells of the test split, which neither it "
         f"nor a generator has seen, but for those that lie in two splits ({first['duplicates']} "
-        "identical pairs across all three). The reverse: how often a classifier of real train cells "
-        "names the class that was asked for. Mean ± sd over trainings of the generator; of real "
-        "cells, over the first weights of the classifier, before the same cells."
+        "identical pairs across all three). The reverse: how often a classifier of real train "
+        "cells names the class that was asked for. Mean ± sd over trainings of the generator; of "
+        "real cells, over the first weights of the classifier, before the same cells."
     )
     return "\n".join([*lines, "", words, "", "Recall of each class:", "", *recalls]) + "\n"
 
@@ -213,5 +213,5 @@ def read_or_measure(path: Path, key: str, measure: Callable[[], dict]) -> dict:
         return stored
     result = {"key": key, **measure()}
     text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_text(path, text)
     return result

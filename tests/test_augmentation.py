@@ -521,7 +521,7 @@ def test_a_fold_is_an_executed_notebook(tiny_data, tmp_path):
         (["--set=classifiers=cnn"], "classifiers must be names in a list, got 'cnn'"),
         (["--set=classifiers=[]"], "classifiers must be names in a list, got []"),
         (["--set=generator=gan"], "unknown model 'gan'"),
-        (["--set=generator=dcgan", "--set=generator_settings={}"], "dcgan can't be asked for a class"),
+        (["--set=generator=dcgan", "--set=generator_settings={}"], "dcgan can't be asked for a"),
         (["--set=generator_settings=5"], "generator_settings must be a dictionary"),
         (["--set=generator_settings={'image_size': 32}"], "image_size is the study's"),
         (["--set=counts=16"], "counts must be a dictionary"),

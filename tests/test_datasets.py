@@ -224,7 +224,7 @@ def test_a_folder_of_classes(folder):
     assert seen == {(10 * n, 0) for n in range(10)} | {(10 * n, 1) for n in range(4)}
 
 
-@pytest.mark.parametrize("around", ["", "pack/"])
+@pytest.mark.parametrize("around", ["", "pack/", "./", "./pack/"])
 def test_a_zip_is_read_as_its_folder(around, folder, tmp_path):
     files = {around + name: data for name, data in (FILES | HIDDEN).items()}
     path = write_zip(tmp_path / "my cells.zip", files | {"__MACOSX/a/._1.png": b"x"})
@@ -371,10 +371,59 @@ def test_data_dirs_are_recognised(pbc_folder, pbc_zip, folder, tmp_path):
     any_zip = write_zip(tmp_path / "x.zip", FILES)
     for path in (folder, any_zip):
         assert recognise_data_dir(str(path)) == ("folder", path)
+    own = inner / "neutrophil" / "mine.png"
+    own.write_bytes(png("red"))  # PBC's are .jpg: images of one's own
+    assert recognise_data_dir(inner) == ("folder", inner)
+    own.unlink()
     shutil.rmtree(inner / "platelet")  # no longer PBC's classes
     assert recognise_data_dir(inner) == ("folder", inner)
     for path in (pbc_zip, packed, folder, any_zip):
         load_dataset(*recognise_data_dir(path), 9)
+
+
+def test_another_image_among_pbc_s_is_bad_input(pbc_folder, bad_input):
+    (pbc_folder / PBC_FOLDER / "neutrophil" / "mine.png").write_bytes(png("red"))
+    with bad_input("neutrophil/mine.png is none of PBC's images", "--dataset folder"):
+        load_dataset("pbc", pbc_folder, 9, "train")
+
+
+def test_names_in_a_zip_of_macos_are_read_as_utf_8(tmp_path):
+    """Its UTF-8 names lack the flag that says so."""
+    path = write_zip(tmp_path / "cells.zip", FILES)
+    data = path.read_bytes()
+    for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        place = data.find(signature)
+        while place >= 0:
+            flags = data[place + offset + 1] & ~0x08  # bit 11 of two bytes
+            data = data[: place + offset + 1] + bytes([flags]) + data[place + offset + 2 :]
+            place = data.find(signature, place + 4)
+    path.write_bytes(data)
+    with zipfile.ZipFile(path) as archive:
+        assert not any(name.startswith("Größe") for name in archive.namelist())
+    assert load_dataset("folder", path, 5, "train").classes == ("Größe 2", "a")
+
+
+def test_hidden_doubles_in_a_zip_are_not_read(tmp_path):
+    files = {"pack/" + name: data for name, data in FILES.items()}
+    hidden = {"pack/.old/" + name: png("red") for name in FILES}
+    path = write_zip(tmp_path / "cells.zip", files | hidden)
+    train = load_dataset("folder", path, 5, "train")
+    assert not (train.images[:, 0] == 255).any()
+
+
+def grey_png(highest: int) -> bytes:
+    values = np.linspace(0, highest, 63).astype(np.uint16).reshape(7, 9)
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_12_bits_in_16_are_told(tmp_path, bad_input):
+    dark = {f"{kind}/{n}.png": grey_png(4095 - n) for kind in "ab" for n in range(4)}
+    with bad_input("0 to 4095 of 65,535", "convert them to 8 bits"):
+        load_dataset("folder", write_folder(tmp_path / "dark", dark), 5, "train")
+    full = write_folder(tmp_path / "full", dark | {"a/4.png": grey_png(60000)})
+    assert load_dataset("folder", full, 5, "train").images.max() > 100
 
 
 def test_a_data_dir_without_classes_is_bad_input(tmp_path, bad_input):

@@ -1,5 +1,6 @@
 """`python -m evaluation`: folders and archives of images, references, the table, bad input."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from evaluation.__main__ import floor_at, load_images, main
 from evaluation.features import load_extractor
 from evaluation.protocol import floors
 from evaluation.reference import make_reference, save_reference
-from utils import BLOOD_CLASSES, load_dataset
+from utils import BLOOD_CLASSES, InputError, load_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -202,6 +203,36 @@ def test_a_file_that_cannot_be_used_is_named(spoil, words, folder, bad_input):
     spoil(folder)
     with bad_input(*words):
         load_images(folder, BLOOD_CLASSES)
+
+
+def test_linked_folders_are_looked_into(folder, tmp_path):
+    (tmp_path / "mix").mkdir()
+    (tmp_path / "mix" / "linked").symlink_to(folder, target_is_directory=True)
+    with contextlib.suppress(InputError):  # "linked" is no class
+        load_images(tmp_path / "mix", BLOOD_CLASSES)
+        pytest.fail("the linked folder was left out")
+
+
+def test_every_folder_has_a_place_of_its_own(tiny_arrays, arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = [*arguments[: arguments.index("--out")], "--device", "cpu"]
+    for scale in ("1.0", "1.5"):
+        folder = write_folder(tmp_path / f"scale_{scale}", tiny_arrays["test_images"][:12])
+        main([str(folder), *arguments])
+        assert (tmp_path / "judged" / f"scale_{scale}" / "record.json").is_file()
+
+
+def test_the_record_of_other_images_is_left_alone(tiny_arrays, arguments, tmp_path, bad_input):
+    first, other = (
+        write_folder(tmp_path / place / "cells", tiny_arrays["test_images"][rows])
+        for place, rows in (("a", slice(12)), ("b", slice(12, 24)))
+    )
+    main([str(first), *arguments])
+    before = (tmp_path / "out" / "record.json").read_bytes()
+    main([str(first), *arguments])
+    with bad_input("judges other images than cells", "--out"):
+        main([str(other), *arguments])
+    assert (tmp_path / "out" / "record.json").read_bytes() == before
 
 
 def test_hidden_files_are_no_images(folder):

@@ -1,5 +1,6 @@
 """The whole judgement of a generator: what it holds, beside real cells in its place."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from evaluation import judge as judging
 from evaluation.agreement import load_domain_classifier
 from evaluation.features import load_extractor
 from evaluation.judge import judge
+from evaluation.reference import make_reference
 from evaluation.tables import metrics_table
 from utils import ImageSet, load_dataset
 
@@ -73,6 +75,14 @@ def test_the_floor_is_measured_once(judged, sets, tiny_extractor, monkeypatch):
     networks = load_extractor(tiny_extractor), load_domain_classifier()
     reference = None  # not looked at where the floor is kept
     assert judging.floor(reference, sets, *networks) == judged["floor"]
+
+
+def test_a_kept_floor_has_the_names_of_its_data(judged, sets, tiny_extractor):
+    renamed = {split: dataclasses.replace(part, name="cells") for split, part in sets.items()}
+    extractor = load_extractor(tiny_extractor)
+    reference = make_reference(renamed["train"], extractor)
+    found = judging.floor(reference, renamed, extractor, load_domain_classifier())
+    assert found["protocol"]["dataset"] == "cells" != judged["floor"]["protocol"]["dataset"]
 
 
 def test_other_data_have_a_classifier_of_their_own_train_split(sets, tiny_extractor, monkeypatch):

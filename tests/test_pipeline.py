@@ -1,6 +1,7 @@
 """Training that can be killed, checkpoints, sampling, and the record of a run."""
 
 import copy
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from custom_models import MODELS
 from evaluation import features, judge, kid, per_class
 from generative_pipeline import GenerativePipeline, derive_seed, run_folder
-from utils import ImageSet, class_balanced_labels, to_uint8
+from utils import BLOOD_CLASSES, ImageSet, class_balanced_labels, to_uint8
 
 TINY = {
     "cvae": {"channels": (8, 16), "latent_dim": 4, "batch_size": 32},
@@ -781,6 +782,8 @@ def test_the_record_says_all_that_a_table_needs(make):
         "n": 160,
         "sha256": pipeline.sets["train"].sha256(),
         "duplicates_across_splits": 0,
+        "held_out_sha256": pipeline.sets["held_out"].sha256(),
+        "classes": list(BLOOD_CLASSES),
     }
     assert (record["steps"], record["images_seen"]) == (10, 320)
     assert record["measured"]["sampled_images"] == 64
@@ -865,6 +868,71 @@ def test_a_record_counts_for_its_own_config_data_and_extractor_alone(
     for change in ({"lr": 0.5}, {"seed": 1}, {"epochs": 3}, {"extractor": other_extractor}):
         assert make(**change).finished_record() is None
     assert make(out="elsewhere").finished_record() is None
+
+
+def test_a_record_counts_for_its_own_held_out_cells_and_names_alone(make, trained):
+    record = trained.evaluate()
+    assert record["dataset"]["classes"] == list(BLOOD_CLASSES)
+    again, held_out = make(), trained.sets["held_out"]
+    mended = held_out.images.clone()
+    mended[0, 0, 0, 0] += 1
+    for changes in ({"images": mended}, {"classes": tuple("abcdefgh")}):
+        again.sets["held_out"] = dataclasses.replace(held_out, **changes)
+        assert again.finished_record() is None
+    again.sets["held_out"] = held_out
+    assert again.finished_record()
+    for name in ("held_out_sha256", "classes"):  # older records do not name them
+        del record["dataset"][name]
+    again.record_path.write_text(json.dumps(record))
+    assert again.finished_record()
+
+
+def test_a_folder_with_another_run_is_left_alone(make, trained, tmp_path, bad_input):
+    trained.evaluate()
+    trained.weights_path.unlink()  # as of the larger runs of this repository
+    trained.checkpoint_path.unlink()
+    before = trained.record_path.read_bytes()
+    for changes, words in (
+        ({"lr": 0.5}, "lr (0.001 there, 0.5 here)"),
+        ({"seed": 1}, "seed (0 there, 1 here)"),
+        ({"extractor": "demo"}, "extractor_sha256"),
+    ):
+        other = make(**changes)
+        with bad_input(str(trained.record_path), "is of another run", words, "(out)"):
+            other.train()
+        assert other.step == 0 and not other.checkpoint_path.exists()
+    assert trained.record_path.read_bytes() == before
+
+
+def test_a_record_of_older_metrics_is_replaced(trained, monkeypatch):
+    record = trained.evaluate()
+    trained.record_path.write_text(json.dumps(record | {"key": "of another version"}))
+    assert trained.evaluate()["key"] == record["key"]
+    assert json.loads(trained.record_path.read_text())["key"] == record["key"]
+
+
+def test_a_record_that_cannot_be_read_is_bad_input(make, tmp_path, bad_input):
+    (tmp_path / "run").write_text("a file")
+    with bad_input(str(tmp_path / "run"), "choose another folder"):
+        make().finished_record()
+
+
+def test_a_log_that_cannot_be_written_is_bad_input(make, tmp_path, bad_input):
+    (tmp_path / "log").write_text("a file")
+    with bad_input(str(tmp_path / "log"), "make room or choose another folder"):
+        make(log_dir=tmp_path / "log").train()
+
+
+def test_what_is_not_trained_is_not_measured(make, bad_input):
+    pipeline = make("cwgan_gp")
+    pipeline.train()
+    pipeline.evaluate()
+    again = make("cwgan_gp")
+    for measure in (lambda: again.evaluate_per_class(4), lambda: again.measure_sampling([])):
+        with bad_input("is trained to step 0"):
+            measure()
+    again.train()
+    assert again.evaluate_per_class(n=4) == pipeline.evaluate_per_class(n=4)
 
 
 @pytest.mark.parametrize("text", ["", "{", "\x00\xff", "not JSON"])

@@ -196,6 +196,14 @@ def test_a_half_written_notebook_is_not_taken_for_a_finished_one(second, tmp_pat
     assert not run_suite._is_whole(cut)
 
 
+def test_runs_of_another_extractor_are_refused_before_anything_starts(
+    second, tiny_extractor, bad_input
+):
+    out, _, _ = second
+    with bad_input("is of another run", "extractor_sha256", "(out)"):
+        run_suite.main([*TINY, "--extractor", str(tiny_extractor), "--out", str(out)])
+
+
 def test_broken_record_is_named(second):
     out, _, _ = second
     record = run_of(out, "cvae") / "record.json"
@@ -255,6 +263,12 @@ def task_of(folder: Path, source: str) -> Task:
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
     nbformat.write(notebook, folder / "source.ipynb")
     return Task("a run", folder / "source.ipynb", folder / "run" / "notebook.ipynb", {})
+
+
+def test_a_folder_that_cannot_be_made_is_a_cause(tmp_path):
+    task = task_of(tmp_path, "")
+    task.target.parent.write_text("a file")
+    assert f"{task.target.parent} cannot be written" in Runner(jobs=1).execute(task)
 
 
 def test_killed_kernel_is_reported(tmp_path):

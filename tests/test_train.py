@@ -83,6 +83,18 @@ def test_a_run_from_the_command_line(command, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
+def test_classes_of_a_finished_run_are_measured_from_its_weights(command, tmp_path, monkeypatch):
+    command += ["--conditional", "true"]
+    assert run_here(command, monkeypatch) == 0
+    run = tmp_path / "run"
+    assert run_here([*command, "--per_class", "4"], monkeypatch) == 0
+    found = (run / "per_class.json").read_bytes()
+    (run / "per_class.json").unlink()
+    (run / "record.json").unlink()  # now all in one process
+    assert run_here([*command, "--per_class", "4"], monkeypatch) == 0
+    assert (run / "per_class.json").read_bytes() == found
+
+
 @pytest.mark.parametrize("model", ["dcgan", "ddpm", "cwgan_gp", "cgan"])
 def test_every_model_runs_from_the_command_line(model, command, tmp_path, monkeypatch, capsys):
     settings = {
@@ -121,6 +133,7 @@ BAD = {
     "no class to ask for": (["--per_class", "2000"], "cvae can't be asked for a class"),
     "one image of a class": (["--conditional", "true", "--per_class", "1"], "two images or more"),
     "wrong seed": (["--seed", "one"], "'one'"),
+    "no pixels": (["--image_size", "0"], "image_size must be at least 1"),
 }
 
 
