@@ -193,6 +193,7 @@ class GenerativePipeline:
         of (seed, step), so that a resumed training equals an uninterrupted one. Raises InputError
         if the loss stops being finite.
         """
+        self.check_folder()
         if self.load_weights():
             return
         if self.load_checkpoint() and self.step < self.total_steps:
@@ -528,7 +529,9 @@ class GenerativePipeline:
         A record of this run by older metrics, or against other held-out cells, may be replaced.
         """
         self._read_state(self.weights_path, WEIGHTS_FORMAT)
-        record = self._read_record() or {}
+        record = self._read_record()
+        if not record:
+            return
         metrics = record.get("metrics", {})
         there = {
             "model": record.get("model"),
@@ -542,7 +545,7 @@ class GenerativePipeline:
         differing = [
             f"{name} ({value!r} there, {here.get(name)!r} here)"
             for name, value in there.items()
-            if record and value != here.get(name)
+            if value != here.get(name)
         ]
         if differing:
             raise InputError(

@@ -927,8 +927,8 @@ def test_what_is_not_trained_is_not_measured(make, bad_input):
     pipeline = make("cwgan_gp")
     pipeline.train()
     pipeline.evaluate()
-    again = make("cwgan_gp")
-    for measure in (lambda: again.evaluate_per_class(4), lambda: again.measure_sampling([])):
+    again, diffusion = make("cwgan_gp"), make("ddpm", out="ddpm", preset="best")
+    for measure in (lambda: again.evaluate_per_class(4), lambda: diffusion.measure_sampling([])):
         with bad_input("is trained to step 0"):
             measure()
     again.train()
