@@ -38,6 +38,7 @@ from utils import (
 )
 
 SHOWN = 64
+BESIDE = ("grid.png", "synthetic.csv")  # of `train.py sample`, in the folder of its images
 GIVEN = "as given"
 
 
@@ -192,14 +193,19 @@ def load_images(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Images uint8 [N, channels, S, S], and labels int64 [N] where they have classes, else None.
 
-    classes: those that they may have; channels: 1 for grey images, else 3. Every file counts: one
-    that can't be used is an InputError that names it.
+    classes: those that they may have; channels: 1 for grey images, else 3. Every file counts, but
+    for hidden ones and what `train.py sample` writes beside images: one that can't be used is an
+    InputError that names it.
     """
     if path.suffix == ".npz" and path.is_file():
         return _load_archive(path, classes, channels)
     if not path.is_dir():
         raise InputError(f"{path} is no folder and no .npz file; give one of them")
-    files = [file for file in files_below(path) if not file.name.startswith(".")]
+    files = [
+        file
+        for file in files_below(path)
+        if not file.name.startswith(".") and not (file.parent == path and file.name in BESIDE)
+    ]
     if not files:
         raise InputError(f"{path} holds no images; give another folder")
     arrays = [_read(file, channels) for file in files]

@@ -235,8 +235,10 @@ def test_the_record_of_other_images_is_left_alone(tiny_arrays, arguments, tmp_pa
     assert (tmp_path / "out" / "record.json").read_bytes() == before
 
 
-def test_hidden_files_are_no_images(folder):
+def test_hidden_files_and_our_own_grid_are_no_images(folder):
     (folder / ".DS_Store").write_bytes(b"x")
+    Image.new("RGB", (300, 200)).save(folder / "grid.png")
+    (folder / "synthetic.csv").write_text("file,class\n")
     images, labels = load_images(folder, BLOOD_CLASSES)
     assert images.shape == (12, 3, 28, 28) and labels is None
 
