@@ -154,9 +154,17 @@ def test_the_readmes_words_on_few_cells_have_the_numbers_of_the_records():
     accuracy = {
         (name, arm): f"{float(row['accuracy_mean']):.3f}" for (name, arm, _), row in rows.items()
     }
-    for name, title in (("cnn", "CNN's accuracy is"), ("cnn_rnn", "CNN-RNN's")):
-        flawed, sound = (accuracy[name, arm] for arm in ("published flaw", "real+GAN+traditional"))
-        assert f"{title} {flawed} instead of {sound}" in words
+    plain, strong, flawed, sound = (
+        [accuracy[name, arm] for name in ("cnn", "cnn_rnn")]
+        for arm in ("real", "real+strong", "published flaw", "real+GAN+traditional")
+    )
+    assert strong[0] == strong[1]
+    assert f"both to {strong[0]}, from {plain[0]} and {plain[1]} without any" in words
+    assert f"accuracy is {flawed[0]} and {flawed[1]}, and without the mistake the same arm" in words
+    assert f"the same arm has {sound[0]} and {sound[1]} (" in words
+    counts = rows["cnn", "published flaw", ""]
+    tested = float(counts["n_test"])
+    assert 0.7 < 1 - float(rows["cnn", "real", ""]["n_test"]) / tested < 0.75
 
 
 def test_the_readmes_words_on_usefulness_have_the_numbers_of_the_records():
