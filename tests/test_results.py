@@ -108,6 +108,16 @@ def test_the_readmes_words_have_the_numbers_of_the_records():
     domain = [round(r["metrics"]["domain"]["frechet_distance"]) for r in runs]
     assert "the two lie at {:,} and {:,}, on those of a".format(*distances) in words
     assert "classifier of blood cells at {} and {}, the".format(*domain) in words
+    runs = [r for r in RECORDS[RESULTS] if (r["model"], r["preset"]) == ("ddpm", "best_small")]
+    (row,) = tables.results_table(runs)
+    real = tables.floor_of(runs)
+    assert len(runs) == 3 and f"at a mean distance of {row['frechet_mean']:.0f} its" in words
+    assert row["precision_mean"] > real["precision"] and row["recall_mean"] < real["recall"] / 2
+    for name, held_out in (("authpct", real["copies"]["authpct"]), ("ct", real["copies"]["ct"])):
+        assert row[f"{name}_mean"] < held_out
+    assert row["copies_verdict"] == "no sign of copies"
+    shares = [r["metrics"]["copies"]["features"]["train_share_interval"] for r in runs]
+    assert all(low < real["copies"]["features"]["train_share"] < high for low, high in shares)
     record = json.loads(features.DOMAIN_FILE.with_suffix(".json").read_text())
     small, large = (row["accuracy"] for row in record["test"])
     sentence = (
