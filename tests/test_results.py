@@ -182,9 +182,24 @@ def test_the_readmes_words_on_usefulness_have_the_numbers_of_the_records():
     with open(RESULTS / "augmentation" / "generators.csv", newline="", encoding="utf-8") as file:
         rows = {(row["model"], row["preset"]): row for row in csv.DictReader(file)}
     mean = {key: f"{float(row['balanced_accuracy_mean']):.3f}" for key, row in rows.items()}
-    assert f"from no real one, names {mean['cvae', 'best']} of the real" in words
-    assert f"a quarter, {mean['cwgan_gp', 'best']} (one training), and one" in words
-    assert f"from as many real cells {mean['real cells', '']}:" in words
+    for sentence in (
+        f"`baseline`, and from no real one, names {mean['cwgan_gp', 'baseline']} of the real",
+        f"`best_small` {mean['ddpm', 'best_small']} (three",
+        f"CVAE's `best` {mean['cvae', 'best']} (three)",
+        f"distance, {mean['cwgan_gp', 'best']} (one). As many real cells give",
+        f"As many real cells give {mean['real cells', '']}:",
+    ):
+        assert sentence in words
+    shown = [r for r in RECORDS[RESULTS] if (r["model"], r["preset"]) in rows]
+    distance = {
+        key: tables.results_table([r for r in shown if (r["model"], r["preset"]) == key])[0]
+        for key in {(r["model"], r["preset"]) for r in shown}
+    }
+    by_distance = sorted(distance, key=lambda key: distance[key]["frechet_mean"])
+    by_use = sorted(distance, key=lambda key: -float(mean[key]))
+    assert by_distance[0] == by_use[-1] and by_distance[-1] == by_use[0]
+    far, near = (distance["cwgan_gp", preset]["frechet_mean"] for preset in ("baseline", "best"))
+    assert near < far / 10
 
 
 GENERATORS = [page for page in PAGES if (page / "augmentation" / "generators").is_dir()]
