@@ -523,10 +523,11 @@ class GenerativePipeline:
         data, cells = record.get("dataset", {}), self._held_out_cells()
         return record if {name: data.get(name, cells[name]) for name in cells} == cells else None
 
-    def check_folder(self) -> None:
+    def check_folder(self, extractor: features.Extractor | None = None) -> None:
         """Refuse a folder with the weights or the record of another run, which would be lost.
 
-        A record of this run by older metrics, or against other held-out cells, may be replaced.
+        extractor: by which the run is to be measured; a record by another one is another run's. One
+        by older metrics, or against other held-out cells, may be replaced.
         """
         self._read_state(self.weights_path, WEIGHTS_FORMAT)
         record = self._read_record()
@@ -538,10 +539,12 @@ class GenerativePipeline:
             "preset": record.get("preset"),
             "seed": record.get("seed"),
             "dataset_sha256": record.get("dataset", {}).get("sha256"),
-            "extractor_sha256": metrics.get("protocol", {}).get("extractor_sha256"),
             **record.get("config", {}),
         }
-        here = {**self._identity(), "extractor_sha256": self.extractor().sha256}
+        here = self._identity()
+        if extractor:
+            there["extractor_sha256"] = metrics.get("protocol", {}).get("extractor_sha256")
+            here["extractor_sha256"] = extractor.sha256
         differing = [
             f"{name} ({value!r} there, {here.get(name)!r} here)"
             for name, value in there.items()
@@ -580,7 +583,7 @@ class GenerativePipeline:
         record = self.finished_record()
         if record:
             return record
-        self.check_folder()
+        self.check_folder(self.extractor())
         self._require_trained()
         held_out = self.sets["held_out"]
         start = time.monotonic()

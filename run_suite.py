@@ -231,9 +231,10 @@ def plan(rows: list[list[Task]]) -> tuple[list[Task], list[Task]]:
         for seed, task in enumerate(row):
             # The data is the same for every seed: load it once.
             pipeline.seed, pipeline.out = seed, task.target.parent
-            pipeline.check_folder()
-            finished = pipeline.finished_record() and _is_whole(task.target)
-            (done if finished else to_do).append(task)
+            record = pipeline.finished_record()
+            if not record:
+                pipeline.check_folder(pipeline.extractor())
+            (done if record and _is_whole(task.target) else to_do).append(task)
     return done, sorted(to_do, key=lambda task: task.parameters["seed"])
 
 

@@ -895,12 +895,15 @@ def test_a_folder_with_another_run_is_left_alone(make, trained, tmp_path, bad_in
     for changes, words in (
         ({"lr": 0.5}, "lr (0.001 there, 0.5 here)"),
         ({"seed": 1}, "seed (0 there, 1 here)"),
-        ({"extractor": "demo"}, "extractor_sha256"),
     ):
         other = make(**changes)
         with bad_input(str(trained.record_path), "is of another run", words, "(out)"):
             other.train()
         assert other.step == 0 and not other.checkpoint_path.exists()
+    other = make(extractor="demo")
+    other.train()  # the same training; its numbers would be others
+    with bad_input(str(trained.record_path), "is of another run", "extractor_sha256", "(out)"):
+        other.evaluate()
     assert trained.record_path.read_bytes() == before
 
 
