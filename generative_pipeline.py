@@ -21,6 +21,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -413,14 +414,10 @@ class GenerativePipeline:
         stored = state.get("identity") if isinstance(state, dict) else None
         if not isinstance(stored, dict) or state.get("format") != file_format:
             raise InputError(f"{path} is not a checkpoint of this suite; delete it to start anew")
-        differing = [
-            f"{name} ({stored.get(name)!r} there, {own.get(name)!r} here)"
-            for name in sorted({*stored, *own})
-            if stored.get(name) != own.get(name)
-        ]
+        differing = differences(stored, own, sorted({*stored, *own}))
         if differing:
             raise InputError(
-                f"{path} is of another run: {', '.join(differing)}; choose another folder (out)"
+                f"{path} is of another run: {differing}; choose another folder (out)"
             )
         return state
 
@@ -545,14 +542,10 @@ class GenerativePipeline:
         if extractor:
             there["extractor_sha256"] = metrics.get("protocol", {}).get("extractor_sha256")
             here["extractor_sha256"] = extractor.sha256
-        differing = [
-            f"{name} ({value!r} there, {here.get(name)!r} here)"
-            for name, value in there.items()
-            if value != here.get(name)
-        ]
+        differing = differences(there, here, there)
         if differing:
             raise InputError(
-                f"{self.record_path} is of another run: {', '.join(differing)}; choose another "
+                f"{self.record_path} is of another run: {differing}; choose another "
                 "folder (out), or delete it"
             )
 
@@ -749,6 +742,15 @@ class GenerativePipeline:
             "metrics": metrics,
             "history": self.history,
         }
+
+
+def differences(there: dict, here: dict, names: Iterable[str], place: str = "here") -> str:
+    """Which of these names have another value there than here, in words; empty for none."""
+    return ", ".join(
+        f"{name} ({there.get(name)!r} there, {here.get(name)!r} {place})"
+        for name in names
+        if there.get(name) != here.get(name)
+    )
 
 
 def pick_precision(name: str | None, device: torch.device) -> str:

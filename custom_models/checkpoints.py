@@ -22,7 +22,7 @@ from torch import nn
 from custom_models import MODELS
 from custom_models.drawing import SHIPPED_FORMAT, load_shipped, sample
 from evaluation import figures, tables
-from generative_pipeline import WEIGHTS_FORMAT, run_folder
+from generative_pipeline import WEIGHTS_FORMAT, differences, run_folder
 from utils import (
     InputError,
     OneSentenceParser,
@@ -158,15 +158,11 @@ def _read_run(run: Path) -> tuple[dict[str, torch.Tensor], dict]:
         "dataset_sha256": record["dataset"]["sha256"],
         "code_version": record.get("versions", {}).get("code"),
     }
-    differing = [
-        f"{name} ({value!r} there, {of_record.get(name)!r} in the record)"
-        for name, value in of_weights.items()
-        if value != of_record.get(name)
-    ]
+    differing = differences(of_weights, of_record, of_weights, "in the record")
     if differing:
         raise InputError(
             f"{run / 'record.json'} was not measured from {weights.name}: "
-            f"{', '.join(differing)}; delete the record and measure the run again"
+            f"{differing}; delete the record and measure the run again"
         )
     return kept["state"], record
 
