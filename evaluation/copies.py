@@ -309,14 +309,16 @@ def ct(features: torch.Tensor, train: torch.Tensor, held_out: torch.Tensor) -> f
     and an sd of 1 for one region, 0.3 for ten; it grows with the number of images.
 
     It can't see a few copies among many images that are merely poor, which lift it more than
-    copies lower it, nor a generator's regions that have no held-out cells.
+    copies lower it, nor a generator's regions that have no held-out cells. Another number of
+    regions, 8 to 12, moves held-out cells of BloodMNIST (rebuilt) by a tenth, poor images by a
+    quarter of their value.
     """
     fewest = min(len(features), len(train), len(held_out))
     regions = max(1, min(CELLS_OF_PARTITION, fewest // 50))
     centres = _k_means(train, regions)
-    homes = [k_nearest(part, centres, 1)[1][:, 0] for part in (features, train, held_out)]
+    homes = [torch.cdist(part.double(), centres).argmin(1) for part in (features, train, held_out)]
     scores, weights = [], []
-    for region in range(regions):
+    for region in range(len(centres)):
         images, cells, controls = (
             part[home == region] for part, home in zip((features, train, held_out), homes)
         )
@@ -328,17 +330,34 @@ def ct(features: torch.Tensor, train: torch.Tensor, held_out: torch.Tensor) -> f
 
 
 def _k_means(features: torch.Tensor, k: int) -> torch.Tensor:
-    """Centres [k, D] of a k-means partition, the same for equal features (Lloyd 1982).
+    """Centres [≤ k, D], float64, of a k-means partition that the rows' order doesn't change.
 
+    Lloyd's steps (1982) from centres that hold no draw: the region with the most scatter is cut
+    through its mean, across its leading principal axis, until there are k (Su & Dy 2007, sec. 3).
     Not scikit-learn's: a training on a bare GPU machine has torch, numpy and matplotlib alone.
     """
-    centres = features[torch.randperm(len(features), generator=torch.Generator().manual_seed(0))]
-    centres = centres[:k].clone()
+    features = features.double()
+    homes = torch.zeros(len(features), dtype=torch.int64, device=features.device)
+    scatter = [_scatter(features)]
+    for new in range(1, k):
+        widest = scatter.index(max(scatter))
+        rows = (homes == widest).nonzero()[:, 0]
+        cells = features[rows] - features[rows].mean(0)
+        axis = torch.linalg.eigh(cells.mT @ cells).eigenvectors[:, -1]
+        homes[rows[cells @ axis > 0]] = new
+        scatter[widest] = _scatter(features[homes == widest])
+        scatter.append(_scatter(features[homes == new]))
     for _ in range(LLOYD_STEPS):
-        homes = k_nearest(features, centres, 1)[1][:, 0]
-        for region in homes.unique():  # a region without cells keeps its centre
-            centres[region] = features[homes == region].mean(0)
+        centres = torch.stack([features[homes == region].mean(0) for region in homes.unique()])
+        before, homes = homes, torch.cdist(features, centres).argmin(1)
+        if torch.equal(before, homes):
+            break
     return centres
+
+
+def _scatter(features: torch.Tensor) -> float:
+    """Sum of squared distances to the mean; 0 for no rows."""
+    return (features - features.mean(0)).square().sum().item() if len(features) else 0.0
 
 
 def _mann_whitney_z(a: torch.Tensor, b: torch.Tensor) -> float:

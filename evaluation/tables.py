@@ -672,7 +672,7 @@ TRUST_WORDS = {
     "authpct": "AuthPct: share of images not closer to a training cell than its nearest "
     "neighbour, in %; less than real cells' means copying, or blur.",
     "ct": "C_T: below real cells' where images lie nearer to training cells than real ones do, by "
-    "copying or by blur; its regions, from k-means, move it by some tenths.",
+    "copying or by blur; another number of regions moves it by some tenths, poor images by more.",
 }
 
 

@@ -269,6 +269,29 @@ def test_ct_is_below_zero_for_copies_near_it_for_held_out_cells_and_above_far_aw
     assert ct(2 * more, train, held_out) > 5
 
 
+def test_ct_does_not_depend_on_the_order_of_cells_or_images():
+    train, held_out, images = draws(900, 6, 0), draws(500, 6, 1), 1.2 * draws(700, 6, 2)
+    first = ct(images, train, held_out)
+    for seed in range(3):
+        shuffled = (
+            rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
+            for rows in (images, train, held_out)
+        )
+        assert ct(*shuffled) == pytest.approx(first, abs=1e-9)
+
+
+def test_the_partition_of_ct_finds_clusters_of_any_size():
+    middles = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 14.0], [9.0, 15.0]])
+    cells = [middle + draws(n, 2, n) for middle, n in zip(middles, (400, 60, 150, 30))]
+    centres = copies._k_means(torch.cat(cells), 4)
+    assert torch.cdist(middles.double(), centres).min(1).values.max() < 0.5
+
+
+def test_the_partition_of_ct_has_fewer_regions_where_there_are_fewer_points():
+    two = torch.tensor([[0.0, 1.0], [2.0, 3.0]]).repeat(30, 1)
+    assert len(copies._k_means(two, 5)) == 2
+
+
 def test_ct_of_too_few_images_is_none():
     train, held_out = draws(100, 4, 0), draws(15, 4, 1)
     assert ct(draws(300, 4, 2), train, held_out) is None
