@@ -64,7 +64,7 @@ augmentation: $(INSTALLED)
 		--out "$(OUT)" --jobs $(JOBS)
 
 fid: $(INSTALLED)
-	$(RUN) run_suite.py --remeasure results --dataset bloodmnist --data-root "$(DATA_ROOT)" \
+	$(RUN) run_suite.py --remeasure results --data-root "$(DATA_ROOT)" \
 		--extractor inception --out results/fid
 
 checkpoints: $(INSTALLED)

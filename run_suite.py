@@ -145,7 +145,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--remeasure",
         metavar="RESULTS",
-        help="train nothing: measure the kept weights of every run in RESULTS anew, into --out",
+        help="train nothing: measure the kept weights of the runs in RESULTS anew, into --out; all "
+        "of the data set, or those that --models, --preset and --seeds leave",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (auto)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (1)")
@@ -162,11 +163,12 @@ def check(options: argparse.Namespace) -> None:
 
     They go through the environment, so that no kept notebook holds a path of this machine.
     """
-    if options.seeds is None:
-        options.seeds = 1 if options.study else 3 if options.ablations else 5
     for name in ("seeds", "jobs"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name} must be at least 1, got {getattr(options, name)}")
+        number = getattr(options, name)
+        if number is not None and number < 1:
+            raise InputError(f"--{name} must be at least 1, got {number}")
+    if options.seeds is None and not options.remeasure:
+        options.seeds = 1 if options.study else 3 if options.ablations else 5
     options.out = Path(options.out).resolve()
     data_root = options.data_root or os.environ.get("DATA_ROOT")
     extractor = options.extractor or os.environ.get("EXTRACTOR")
@@ -186,11 +188,18 @@ def check(options: argparse.Namespace) -> None:
     if options.ablations:
         _check_ablations(options)
         return
+    if options.remeasure:
+        _check_remeasuring(options)
+        return
     options.preset = options.preset or "baseline"
-    have_it = [name for name in MODELS if options.preset in MODELS[name].PRESETS]
+    _check_models(options, options.preset)
+
+
+def _check_models(options: argparse.Namespace, preset: str) -> None:
+    have_it = [name for name in MODELS if preset in MODELS[name].PRESETS]
     options.models = list(dict.fromkeys(options.models or have_it or MODELS))
     for model in options.models:
-        make_config(model, options.preset, **options.settings)
+        make_config(model, preset, **options.settings)
 
 
 def suite_tasks(options: argparse.Namespace) -> list[list[Task]]:
@@ -265,7 +274,7 @@ def _tasks(
 
 
 def _compare_task(options: argparse.Namespace) -> Task:
-    config = make_config(options.models[0], options.preset, **options.settings)
+    config = make_config(options.models[0], options.preset or "baseline", **options.settings)
     parameters = {
         "results": _portable(options.out),
         "dataset": options.dataset,
@@ -487,19 +496,41 @@ def remeasure(options: argparse.Namespace) -> dict[str, str]:
     Returns the causes of those that failed, by the run's name.
     """
     source = Path(options.remeasure).resolve()
-    if source == options.out:
-        raise InputError("--remeasure would overwrite its own records; choose another --out")
     records = collect(source / "runs")
     if not records:
         raise InputError(f"{source / 'runs'} holds no record; train a model first")
+    chosen = [record for record in records if _is_asked_for(record, options)]
+    if not chosen:
+        raise InputError(
+            f"none of the {len(records)} records in {source / 'runs'} is of the models, preset, "
+            "seeds and data set asked for; leave out one of these options"
+        )
     failures = {}
-    for record in records:
+    for record in chosen:
         name = f"{record['model']} {record['preset']} seed {record['seed']}"
         try:
             print(f"{name}: {_remeasure_run(record, source, options)}", flush=True)
         except InputError as error:
             failures[name] = str(error)
     return failures
+
+
+def _check_remeasuring(options: argparse.Namespace) -> None:
+    if options.settings:
+        raise InputError("--set does not go with --remeasure, which takes each run as it is")
+    if Path(options.remeasure).resolve() == options.out:
+        raise InputError("--remeasure would overwrite its own records; choose another --out")
+    _check_models(options, options.preset or "baseline")
+
+
+def _is_asked_for(record: dict, options: argparse.Namespace) -> bool:
+    model, preset, seed = _run(record)
+    return (
+        model in options.models
+        and preset == (options.preset or preset)
+        and (options.seeds is None or seed < options.seeds)
+        and record["dataset"]["source"] == options.dataset
+    )
 
 
 def _remeasure_run(record: dict, source: Path, options: argparse.Namespace) -> str:

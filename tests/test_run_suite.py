@@ -19,13 +19,14 @@ from run_suite import Runner, Task
 from utils import InputError
 
 ROOT = Path(__file__).parents[1]
-TINY = ["--preset", "quick", "--dataset", "demo", "--extractor", "demo", "--device", "cpu"]
-TINY += ["--seeds", "1", "--set", "epochs=1"]
+QUICK = ["--preset", "quick", "--dataset", "demo", "--extractor", "demo", "--device", "cpu"]
+QUICK += ["--seeds", "1"]
+TINY = [*QUICK, "--set", "epochs=1"]
 
 
-def suite(out: Path, *more: str) -> subprocess.CompletedProcess:
+def suite(out: Path, *more: str, options: list[str] = TINY) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, ROOT / "run_suite.py", *TINY, "--out", out, *more],
+        [sys.executable, ROOT / "run_suite.py", *options, "--out", out, *more],
         capture_output=True,
         text=True,
         cwd=out.parent,
@@ -154,7 +155,7 @@ def test_kept_weights_are_measured_with_another_extractor(second, tiny_extractor
     aside = weights.rename(tmp_path / "weights.pt")
     try:
         again = ["--remeasure", str(source), "--extractor", str(tiny_extractor)]
-        done = suite(tmp_path / "other", *again)
+        done = suite(tmp_path / "other", *again, options=QUICK)
     finally:
         aside.rename(weights)
     assert done.returncode == 1
@@ -174,12 +175,31 @@ def test_kept_weights_are_measured_with_another_extractor(second, tiny_extractor
     table = (tmp_path / "other" / "results_quick.md").read_text()
     assert "FD (tiny-8)" in table and "dcgan" not in table
 
+    # Only what is asked for.
+    done = suite(tmp_path / "one", *again, "--models", "cvae", options=QUICK)
+    assert done.returncode == 0, done.stderr
+    assert [path.parent for path in (tmp_path / "one").rglob("record.json")] == [
+        run_of(tmp_path / "one", "cvae")
+    ]
+
 
 def test_measuring_anew_does_not_overwrite_what_it_reads(tmp_path, bad_input):
     with bad_input("overwrite its own records", "--out"):
-        run_suite.main([*TINY, "--remeasure", str(tmp_path), "--out", str(tmp_path)])
+        run_suite.main([*QUICK, "--remeasure", str(tmp_path), "--out", str(tmp_path)])
     with bad_input("holds no record"):
-        run_suite.main([*TINY, "--remeasure", str(tmp_path), "--out", str(tmp_path / "new")])
+        run_suite.main([*QUICK, "--remeasure", str(tmp_path), "--out", str(tmp_path / "new")])
+
+
+def test_measuring_anew_takes_only_what_fits_the_options(second, tmp_path, bad_input):
+    source, _, _ = second
+    again = ["--remeasure", str(source), "--out", str(tmp_path / "new")]
+    with bad_input("none of the", "asked for"):
+        run_suite.main([*QUICK, *again, "--preset", "baseline"])
+    with bad_input("unknown model 'vae'"):
+        run_suite.main([*QUICK, *again, "--models", "vae"])
+    with bad_input("--set does not go with --remeasure"):
+        run_suite.main([*QUICK, *again, "--set", "epochs=2"])
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_half_written_notebook_is_not_taken_for_a_finished_one(second, tmp_path):
