@@ -68,12 +68,12 @@ fid: $(INSTALLED)
 		--extractor inception --out results/fid
 
 checkpoints: $(INSTALLED)
-	$(RUN) -m custom_models.checkpoints ship
+	$(RUN) checkpoints.py ship
 	$(RUN) -m evaluation.gallery results
 
 samples: OUT ?= samples
 samples: $(INSTALLED)
-	$(RUN) -m custom_models.checkpoints draw --out "$(OUT)"
+	$(RUN) checkpoints.py draw --out "$(OUT)"
 
 paper: $(INSTALLED)
 	$(RUN) -m paper.build

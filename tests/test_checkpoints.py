@@ -14,8 +14,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from custom_models import MODELS, checkpoints
-from custom_models.checkpoints import draw, grid, load_shipped, sample, ship
+import checkpoints
+from checkpoints import draw, grid, ship
+from custom_models import MODELS
+from custom_models.drawing import load_shipped, sample
 from evaluation import tables
 from generative_pipeline import GenerativePipeline, run_folder
 from utils import (
@@ -498,7 +500,7 @@ def test_a_broken_checkpoint_after_a_whole_one(copied, tmp_path):
     broken.write_bytes(b"cut short")
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "custom_models.checkpoints", "draw"),
+            *(sys.executable, "checkpoints.py", "draw"),
             *("--checkpoints", copied.parent, "--out", out),
         ],
         cwd=ROOT,

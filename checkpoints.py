@@ -1,7 +1,7 @@
 """Shipped checkpoints: a model in one small file, which draws images without training or data.
 
-    python -m custom_models.checkpoints ship     # finished `best` runs → results/checkpoints
-    python -m custom_models.checkpoints draw     # a grid of each shipped model → samples
+    python checkpoints.py ship     # finished `best` runs → results/checkpoints
+    python checkpoints.py draw     # a grid of each shipped model → samples
 
 A checkpoint is three files: MODEL-PRESET.safetensors (the float16 weights that were measured, and
 what they are), .json (the run's record and the sha256 of the weights' file) and .md (the model
@@ -206,7 +206,7 @@ float16 ({record["checkpoint"]["bytes"] / 1e6:.1f} MB, sha256 `{record["checkpoi
 From the root of the repository, `make samples` draws a grid. In Python:
 
 ```python
-from custom_models.checkpoints import load_shipped, sample
+from custom_models.drawing import load_shipped, sample
 from utils import class_balanced_labels
 
 model, about = load_shipped("{file}")
