@@ -26,7 +26,7 @@ import torch
 from evaluation import classification, figures, significance
 from evaluation.copies import TURNS, turned
 from evaluation.neighbours import distances
-from evaluation.tables import write_rows
+from evaluation.tables import mean_and_sd, write_rows
 from utils import SPLITS, ImageSet, InputError, load_dataset, seed_everything, write_text
 
 # Part of every record's identity. Raise it with any change that alters what an arm gives.
@@ -705,9 +705,7 @@ def _row(study: Study, classifier: str, arm: str, records: list[dict]) -> dict:
             record["scores"]["per_class"][kind]["recall"] for record in records
         ]
     for name, column in values.items():
-        whole = None not in column
-        row[f"{name}_mean"] = float(np.mean(column)) if whole else None
-        row[f"{name}_sd"] = float(np.std(column, ddof=1)) if whole and len(column) > 1 else None
+        row |= mean_and_sd(name, column)
     empty = ("difference", "low", "high", "p", "p_holm")
     return row | {"comparison": "", "against": ""} | dict.fromkeys(empty) | {"verdict": ""}
 

@@ -169,6 +169,19 @@ def write_table(rows: list[dict], folder: str | Path, stem: str) -> None:
     write_rows(rows, _markdown(rows), Path(folder) / stem)
 
 
+def mean_and_sd(name: str, values: list[float | None]) -> dict:
+    """NAME_mean and NAME_sd (ddof = 1) of a table's row: None without, or with gaps in, values.
+
+    One value alone has no standard deviation.
+    """
+    whole = values and None not in values
+    several = whole and len(values) > 1
+    return {
+        f"{name}_mean": statistics.mean(values) if whole else None,
+        f"{name}_sd": statistics.stdev(values) if several else None,
+    }
+
+
 def write_rows(rows: list[dict], text: str, stem: str | Path) -> None:
     """Write the rows as `stem`.csv and the text, which shows them, as `stem`.md."""
 
@@ -213,9 +226,9 @@ def _class_row(model: str, preset: str, group: list[tuple[dict, dict]]) -> dict:
     """group: the metrics of each run, and among them those of one class."""
     first, (kind, n_real, n_fake) = group[0][0], _of(group[0][1], "class", "n_real", "n_fake")
     path = ("agreement", "per_class", kind, "agreement")
-    means = _mean_and_sd("agreement", [_at(metrics, path) for metrics, _ in group])
+    means = mean_and_sd("agreement", [_at(metrics, path) for metrics, _ in group])
     for name in ("kid", "precision", "recall"):
-        means |= _mean_and_sd(name, [row[name] for _, row in group])
+        means |= mean_and_sd(name, [row[name] for _, row in group])
     return {
         "model": model,
         "preset": preset,
@@ -594,7 +607,7 @@ def _means(metrics: list[dict], columns: tuple[Column, ...] = COLUMNS) -> dict:
     """
     row = {}
     for column in columns:
-        row |= _mean_and_sd(column.name, [_at(m, column.path) for m in metrics])
+        row |= mean_and_sd(column.name, [_at(m, column.path) for m in metrics])
         if column.interval:
             ends = [_at(m, column.interval) for m in metrics]
             means = [statistics.mean(end) for end in zip(*ends)] if None not in ends else []
@@ -608,15 +621,6 @@ def _verdict(metrics: list[dict]) -> str:
     if len(counts) == 1 and counts.total() == len(metrics):
         return next(iter(counts))
     return ", ".join(f"{verdict} ({n})" for verdict, n in sorted(counts.items()))
-
-
-def _mean_and_sd(name: str, values: list[float | None]) -> dict:
-    whole = values and None not in values
-    several = whole and len(values) > 1
-    return {
-        f"{name}_mean": statistics.mean(values) if whole else None,
-        f"{name}_sd": statistics.stdev(values) if several else None,
-    }
 
 
 def _rules(row: dict) -> str:

@@ -10,12 +10,11 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from evaluation import classification, figures
 from evaluation.augmentation import BATCH_SIZE, LR, SCORES, TITLES, VERSION
-from evaluation.tables import reduced_shortfall, write_rows
+from evaluation.tables import mean_and_sd, reduced_shortfall, write_rows
 from utils import ImageSet, InputError, seed_everything, write_text
 
 CLASSIFIER, UPDATES = "cnn", 3000
@@ -150,9 +149,7 @@ def _row(model: str, preset: str, scores: list[dict], reverse: list[float]) -> d
         columns[f"recall {kind}"] = [s["per_class"][kind]["recall"] for s in scores]
     row = {"model": model, "preset": preset, "seeds": len(scores)}
     for name, values in columns.items():
-        whole = values and None not in values
-        row[f"{name}_mean"] = float(np.mean(values)) if whole else None
-        row[f"{name}_sd"] = float(np.std(values, ddof=1)) if whole and len(values) > 1 else None
+        row |= mean_and_sd(name, values)
     return row
 
 
