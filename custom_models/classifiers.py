@@ -12,24 +12,24 @@ from torch import Tensor, nn
 
 from utils import InputError
 
-CLASSIFIERS = ("cnn", "cnn_rnn", "resnet18", "resnet50")
+IMAGENET = "_imagenet"  # behind a residual network's name: it starts from torchvision's weights
+CLASSIFIERS = (
+    *("cnn", "cnn_rnn", "resnet18", "resnet50"),
+    *(f"resnet18{IMAGENET}", f"resnet50{IMAGENET}"),
+)
 SMALLEST_SIDE = 8  # pixels: three halvings leave one
 SMALL_SIDE = 64  # pixels: below it resnet18 keeps the resolution in its first layers
 
 
 def make_classifier(
-    name: str,
-    n_classes: int,
-    image_size: int,
-    image_channels: int = 3,
-    weights: str | Path | None = None,
+    name: str, n_classes: int, image_size: int, image_channels: int = 3
 ) -> nn.Module:
     """A classifier of images in [-1, 1], float32 [N, C, S, S], to logits [N, n_classes].
 
-    name: one of CLASSIFIERS. weights: of resnet18 and resnet50, a file with a state dict of
-    torchvision's network, or "imagenet" for torchvision's own, which are downloaded once; without
-    them torch's random state decides the first weights. Raises InputError for an unknown name,
-    images that are too small, weights that are not there, and those of another network.
+    name: one of CLASSIFIERS. Those that end in _imagenet start from torchvision's weights, which
+    are downloaded once, or lie in torch's folder of checkpoints already; torch's random state
+    decides the first weights of the others. Raises InputError for an unknown name, images that are
+    too small, and weights that can't be had.
     """
     if name not in CLASSIFIERS:
         raise InputError(f"unknown classifier {name!r}; known are {', '.join(CLASSIFIERS)}")
@@ -38,9 +38,11 @@ def make_classifier(
             f"a classifier needs images of at least {SMALLEST_SIDE} pixels, not {image_size}"
         )
     if name.startswith("resnet"):
-        return residual_network(name, n_classes, image_size, image_channels, weights)
-    if weights is not None:
-        raise InputError(f"{name} has no pretrained weights; leave weights out, or take resnet18")
+        architecture = name.removesuffix(IMAGENET)
+        network = residual_network(architecture, n_classes, image_size, image_channels)
+        if name.endswith(IMAGENET):
+            load_imagenet(network, architecture)
+        return network
     network = {"cnn": CNN, "cnn_rnn": CNNRNN}[name](n_classes, image_size, image_channels)
     return network.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
 
@@ -121,13 +123,12 @@ class CNNRNN(nn.Module):
 
 
 def residual_network(
-    name: str, n_classes: int, image_size: int, image_channels: int, weights: str | Path | None
+    name: str, n_classes: int, image_size: int, image_channels: int
 ) -> nn.Module:
     """torchvision's resnet18 or resnet50 (He et al. 2016).
 
     resnet18 begins with a 3×3 convolution of stride 1 without max-pooling below 64 pixels, as in
-    that paper's section 4.2. Pretrained weights are taken but for the first convolution where its
-    shape differs, and the last layer where the number of classes does.
+    that paper's section 4.2.
     """
     try:
         from torchvision import models
@@ -139,40 +140,33 @@ def residual_network(
         network.maxpool = nn.Identity()
     elif image_channels != 3:
         network.conv1 = nn.Conv2d(image_channels, 64, 7, stride=2, padding=3, bias=False)
-    if weights is not None:
-        own, state = network.state_dict(), pretrained_state(name, weights)
-        # ImageNet's networks were trained on images of another scale and offset, nearly the same
-        # for all colours: the normalisation after the first convolution takes both up.
-        for part in ("conv1.weight", "fc.weight", "fc.bias"):
-            if part in state and state[part].shape != own[part].shape:
-                state[part] = own[part]
-        try:
-            network.load_state_dict(state)
-        except RuntimeError:
-            raise InputError(f"{weights} does not hold the weights of torchvision's {name}")
     return network
 
 
-def pretrained_state(name: str, weights: str | Path) -> dict[str, Tensor]:
-    """The state dict in a file, or of torchvision's training on ImageNet."""
-    if str(weights) == "imagenet":
-        from torchvision.models import get_model_weights
+def load_imagenet(network: nn.Module, name: str) -> None:
+    """torchvision's weights of a training on ImageNet, but for layers of another shape.
 
-        try:
-            return get_model_weights(name).IMAGENET1K_V1.get_state_dict(check_hash=True)
-        except (OSError, RuntimeError) as error:  # no network, no room, or a damaged file
-            raise InputError(
-                f"torchvision's ImageNet weights of {name} could not be downloaded ({error}); "
-                "name a file with them instead, or leave weights out"
-            )
+    These are the first convolution of small or grey images and the last layer. ImageNet's networks
+    saw images of another scale and offset, nearly the same for all colours: the normalisation after
+    the first convolution takes both up.
+    """
+    from torchvision.models import get_model_weights
+
+    weights = get_model_weights(name).IMAGENET1K_V1
+    path = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[1]
     try:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f'{weights} does not exist; name a file of weights, or "imagenet"')
-    except Exception as error:  # a damaged file raises nearly anything
+        state = dict(weights.get_state_dict(check_hash=True))
+    except Exception as error:  # no network, no room; a damaged file raises nearly anything
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"{weights} cannot be read as weights ({reason})")
-    values = state.values() if isinstance(state, dict) else [None]
-    if not all(isinstance(value, Tensor) for value in values):
-        raise InputError(f"{weights} does not hold a state dict of torchvision's {name}")
-    return dict(state)
+        raise InputError(
+            f"torchvision's ImageNet weights of {name} could not be had ({reason}); put them at "
+            f"{path}, or take {name}"
+        )
+    own = network.state_dict()
+    for part in ("conv1.weight", "fc.weight", "fc.bias"):
+        if part in state and state[part].shape != own[part].shape:
+            state[part] = own[part]
+    try:
+        network.load_state_dict(state)
+    except RuntimeError:
+        raise InputError(f"{path} is not torchvision's {name}; delete it, and it is fetched anew")
