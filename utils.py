@@ -16,6 +16,7 @@ import hashlib
 import io
 import os
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -272,8 +273,8 @@ def load_dataset(
 def recognise_data_dir(path: str | Path) -> tuple[str, Path]:
     """The name and root for `load_dataset` of a folder or zip that a user points to.
 
-    `pbc`: a data root that holds PBC, or PBC's eight class sub-folders with .jpg files alone;
-    `folder`: any other class sub-folders. Raises InputError where there are none.
+    `pbc`: a data root that holds PBC, or PBC's eight class sub-folders with images under PBC's
+    names alone; `folder`: any other class sub-folders. Raises InputError where there are none.
     """
     path = Path(path)
     if any((path / name).exists() for name in PBC_NAMES):
@@ -281,7 +282,7 @@ def recognise_data_dir(path: str | Path) -> tuple[str, Path]:
     classes = list_classes(path)
     files = [name for found in classes.values() for name, *_ in found]
     names = [name for name in files if _looks_like_an_image(name)]
-    is_pbc = set(classes) == set(PBC_CLASSES) and all(map(_is_jpg, names))
+    is_pbc = set(classes) == set(PBC_CLASSES) and all(map(PBC_FILE.fullmatch, names))
     return "pbc" if is_pbc else "folder", path
 
 
@@ -393,10 +394,6 @@ def list_classes(source: Path) -> dict[str, list[tuple[str, int, int]]]:
         name: [(file, *files[file]) for file in sorted(files)]
         for name, files in sorted(classes.items())
     }
-
-
-def _is_jpg(name: str) -> bool:
-    return name.lower().endswith(".jpg")
 
 
 def _looks_like_an_image(name: str) -> bool:
@@ -606,6 +603,10 @@ PBC_CLASSES = (
     "platelet",
 )
 
+PBC_FILE = re.compile(
+    r"(BA|BNE|EO|ERB|IG|LY|MMY|MO|MY|NEUTROPHIL|PLATELET|PMY|SNE)_\d+\.jpg", re.IGNORECASE
+)
+
 
 def _load_pbc(root: Path, size: int, split: str):
     """PBC (Acevedo et al. 2020): its folder or its zip, centre crop 200, resized to `size`.
@@ -647,20 +648,20 @@ def list_pbc(source: Path) -> tuple[list[str], str]:
         for file, size, _ in files
         if _looks_like_an_image(file)
     ]
-    entries = [entry for entry in files if _is_jpg(entry[1])]
-    for kind, file, _ in files:
-        if not _is_jpg(file) and {entry[0] for entry in files} == set(PBC_CLASSES):
-            raise InputError(
-                f"{source}: {kind}/{file} is none of PBC's images, which are .jpg; take it out, or "
-                "load the images as a folder of your own (--dataset folder)"
-            )
-    found = {entry[0] for entry in entries}
+    found = {kind for kind, *_ in files}
     if found != set(PBC_CLASSES):
         strange, missing = sorted(found - set(PBC_CLASSES)), sorted(set(PBC_CLASSES) - found)
         raise InputError(
             f"{source} is not the PBC set: missing classes {missing}, unknown classes {strange}"
         )
-    return [f"{kind}/{file}" for kind, file, _ in entries], _fingerprint(entries)
+    for kind, file, _ in files:
+        if not PBC_FILE.fullmatch(file):
+            raise InputError(
+                f"{source}: {kind}/{file} is none of PBC's images, which have names such as "
+                "BA_100102.jpg; take it out, or load the images as a folder of your own "
+                "(--dataset folder)"
+            )
+    return [f"{kind}/{file}" for kind, file, _ in files], _fingerprint(files)
 
 
 def resize_pbc(source: Path, names: list[str], size: int) -> np.ndarray:

@@ -106,8 +106,9 @@ def _jpeg(size: tuple[int, int], label: int, seed: int) -> bytes:
 @pytest.fixture(scope="session")
 def pbc_files() -> dict[str, bytes]:
     """`class/file.jpg` → its bytes: four a class, 200×203 or 360×363 pixels."""
+    prefix = {"erythroblast": "ERB", "neutrophil": "SNE", "platelet": "PLATELET"}
     return {
-        f"{kind}/{kind[:2].upper()}_{number}.jpg": _jpeg(
+        f"{kind}/{prefix.get(kind, kind[:2].upper())}_{number}.jpg": _jpeg(
             (200, 203) if number % 2 else (360, 363), label, 100 * label + number
         )
         for label, kind in enumerate(PBC_CLASSES)

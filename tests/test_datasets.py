@@ -374,6 +374,8 @@ def test_data_dirs_are_recognised(pbc_folder, pbc_zip, folder, tmp_path):
     own = inner / "neutrophil" / "mine.png"
     own.write_bytes(png("red"))  # PBC's are .jpg: images of one's own
     assert recognise_data_dir(inner) == ("folder", inner)
+    own = own.rename(own.with_name("IMG_0001.jpg"))  # nor do they have a camera's names
+    assert recognise_data_dir(inner) == ("folder", inner)
     own.unlink()
     shutil.rmtree(inner / "platelet")  # no longer PBC's classes
     assert recognise_data_dir(inner) == ("folder", inner)

@@ -49,7 +49,7 @@ def pbc_root(tmp_path_factory) -> Path:
     for seed, (split, n) in enumerate(PER_CLASS.items()):
         labels = np.repeat(np.arange(8), n)
         for index, (image, label) in enumerate(zip(cells(labels, 28, seed), labels)):
-            name = f"{PBC_CLASSES[label]}/{split}_{index}.jpg"
+            name = f"{PBC_CLASSES[label]}/BA_{1000 * seed + index}.jpg"
             path = root / PBC_FOLDER / name
             path.parent.mkdir(parents=True, exist_ok=True)
             picture = Image.fromarray(image).resize((200, 200), Image.Resampling.BICUBIC)
