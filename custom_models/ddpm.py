@@ -52,6 +52,7 @@ PRESETS = {
         ema_decay=0.999,
         flips_and_turns=True,
         epochs=20,
+        validation_epochs=4,
         sampler="ddim",
         sampling_steps=50,
     ),
