@@ -455,7 +455,8 @@ def measure(experiment, setup: Setup, out: str | Path = OUT, *images: torch.Tens
     """The experiment's record OUT/NAME.json: read if it was taken under the same facts, else made.
 
     images: what the experiment takes beside the setup, uint8. The record's `seconds` are few where
-    features came from the cache.
+    features came from the cache. Raises InputError where the record is of other data or of another
+    network, which would be lost.
     """
     facts = {
         "experiment": experiment.__name__,
@@ -477,8 +478,15 @@ def measure(experiment, setup: Setup, out: str | Path = OUT, *images: torch.Tens
         kept = json.loads(path.read_text(encoding="utf-8"))
         if {name: kept[name] for name in facts} == facts:
             return kept
+        of = ("dataset_sha256", "held_out_sha256", "extractor_sha256")
+        other = any(kept[name] != facts[name] for name in of)
     except (OSError, ValueError, KeyError, TypeError):
-        pass
+        other = False
+    if other:
+        raise InputError(
+            f"{path} was measured on {kept['dataset']} with {kept['extractor']}, and would be "
+            "overwritten; give other data or another network a folder of its own (out)"
+        )
     start = time.monotonic()
     result = experiment(setup, *images)
     seconds = round(time.monotonic() - start, 1)
