@@ -127,12 +127,13 @@ def ship(run: str | Path, out: str | Path, suffix: str = "") -> Path:
         partial.write_bytes(data)
         load_shipped(partial)
 
-    write_atomically(path, write)
     sha256 = hashlib.sha256(data).hexdigest()
     record["checkpoint"] = {"file": path.name, "sha256": sha256, "bytes": len(data)}
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-    write_text(path.with_suffix(".json"), text)
+    # Before anything is written: another seed's record may be broken.
     card = model_card(record, [record, *_other_seeds(Path(run))])
+    write_atomically(path, write)
+    write_text(path.with_suffix(".json"), text)
     write_text(path.with_suffix(".md"), card)
     return path
 
@@ -203,13 +204,13 @@ float16 ({record["checkpoint"]["bytes"] / 1e6:.1f} MB, sha256 `{record["checkpoi
 
 ## Use
 
-From the root of the repository, `make samples` draws a grid. In Python:
+From the root of the repository, `make samples` draws a grid. In Python, started there:
 
 ```python
 from custom_models.drawing import load_shipped, sample
 from utils import class_balanced_labels
 
-model, about = load_shipped("{file}")
+model, about = load_shipped("results/checkpoints/{file}")
 images = sample(model, class_balanced_labels({len(classes)}, 4), seed=0)  # uint8 [N, C, S, S]
 ```
 

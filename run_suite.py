@@ -173,10 +173,11 @@ def check(options: argparse.Namespace) -> None:
     data_root = options.data_root or os.environ.get("DATA_ROOT")
     extractor = options.extractor or os.environ.get("EXTRACTOR")
     if data_root:
-        os.environ["DATA_ROOT"] = str(Path(data_root).resolve())
+        os.environ["DATA_ROOT"] = str(Path(data_root).expanduser().resolve())
     if extractor:
         named = extractor in ("inception", "demo", "domain")
-        os.environ["EXTRACTOR"] = extractor if named else str(Path(extractor).resolve())
+        file = Path(extractor).expanduser().resolve()
+        os.environ["EXTRACTOR"] = extractor if named else str(file)
     pick_device(options.device)
     options.settings = parse_settings(options.set)
     if options.study:

@@ -222,6 +222,11 @@ class ImageSet:
         )
 
 
+def sha256_of(images: torch.Tensor) -> str:
+    """Of the images' pixels, uint8 [N, C, H, W]."""
+    return hashlib.sha256(images.contiguous().numpy()).hexdigest()
+
+
 def load_dataset(
     name: str, root: str | Path | None = None, size: int = 28, split: str = "train"
 ) -> ImageSet:

@@ -5,6 +5,7 @@ BCCD, best accuracy 87.77 %) gives its classifiers as notebooks, whose layers di
 next. `CNN` and `CNNRNN` say what is taken from them and what is not.
 """
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -152,21 +153,23 @@ def load_imagenet(network: nn.Module, name: str) -> None:
     """
     from torchvision.models import get_model_weights
 
-    weights = get_model_weights(name).IMAGENET1K_V1
-    path = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[1]
-    try:
-        state = dict(weights.get_state_dict(check_hash=True))
-    except Exception as error:  # no network, no room; a damaged file raises nearly anything
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(
-            f"torchvision's ImageNet weights of {name} could not be had ({reason}); put them at "
-            f"{path}, or take {name}"
-        )
-    own = network.state_dict()
-    for part in ("conv1.weight", "fc.weight", "fc.bias"):
-        if part in state and state[part].shape != own[part].shape:
-            state[part] = own[part]
-    try:
-        network.load_state_dict(state)
-    except RuntimeError:
+    url = get_model_weights(name).IMAGENET1K_V1.url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    begins = path.stem.rsplit("-", 1)[1]  # the publisher's own: the sha256's first eight digits
+    if not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, path, begins)
+        except (OSError, RuntimeError) as error:
+            raise InputError(
+                f"torchvision's ImageNet weights of {name} could not be had ({error}); put them at "
+                f"{path}, or take {name}"
+            )
+    # Before it is opened: the file is a pickle.
+    if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(begins):
         raise InputError(f"{path} is not torchvision's {name}; delete it, and it is fetched anew")
+    own, state = network.state_dict(), torch.load(path, map_location="cpu", weights_only=True)
+    for part in ("conv1.weight", "fc.weight", "fc.bias"):
+        if state[part].shape != own[part].shape:
+            state[part] = own[part]
+    network.load_state_dict(state)

@@ -28,6 +28,10 @@ from utils import (
 )
 
 SHIPPED_FORMAT = 1  # of a .safetensors file
+SHIPPED_FACTS = (
+    *("model", "preset", "seed", "config", "classes", "image_size"),
+    *("dataset", "dataset_sha256", "code_version"),
+)
 SAMPLE_BATCH = 128  # fixed, so that a seed gives the same images on every CPU
 GPU_PIXELS = 1024 * 28**2  # of a batch on a GPU, which smaller ones would leave idle
 # What a run's files hold of its identity beside the config.
@@ -86,6 +90,8 @@ def _load_run(path: Path) -> tuple[nn.Module, dict]:
         # Runs of before their files named the classes were all of blood cells.
         about["classes"] = list(stored.get("classes", BLOOD_CLASSES))
         tensors = stored["state"] if "state" in stored else _kept_state(path, stored)
+        if not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+            raise TypeError("state")
     except (KeyError, IndexError, TypeError, AttributeError):
         raise InputError(f"{path} is no weight file or checkpoint of this suite") from None
     return _build(path, about, tensors), about
@@ -125,6 +131,9 @@ def load_shipped(path: str | Path) -> tuple[nn.Module, dict]:
             about = json.loads(file.metadata()["checkpoint"])
         if about["format"] != SHIPPED_FORMAT:
             raise KeyError("format")
+        facts = {name: about[name] for name in SHIPPED_FACTS}
+        if not isinstance(facts["config"], dict):
+            raise TypeError("config")
     except (KeyError, TypeError):
         raise InputError(
             f"{path} is no checkpoint of format {SHIPPED_FORMAT} of this suite; get it anew, or "

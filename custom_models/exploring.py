@@ -157,6 +157,7 @@ def real_cells(path: Path, about: dict, data_root: str | Path | None) -> dict[st
     """
     record = path.with_suffix(".json")
     root = Path(data_root or os.environ.get("DATA_ROOT") or Path(__file__).parents[1] / "data")
+    root = root.expanduser()
     if not record.is_file():
         raise InputError(f"{record.name} is missing, which names the data set; get it anew")
     if not root.exists():

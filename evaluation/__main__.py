@@ -9,10 +9,7 @@ they have classes, `labels`.
 """
 
 import argparse
-import hashlib
 import json
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +22,9 @@ from evaluation.features import Extractor, extract, load_extractor
 from evaluation.judge import classifier_of
 from evaluation.reference import SHIPPED, Reference, load_reference, make_reference
 from utils import (
+    BROKEN_ARCHIVE,
     LOADERS,
+    USUAL_SIZE,
     InputError,
     OneSentenceParser,
     exit_on_bad_input,
@@ -34,6 +33,7 @@ from utils import (
     make_grid,
     pick_device,
     save_png,
+    sha256_of,
     write_text,
 )
 
@@ -54,7 +54,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help=f"a data set ({', '.join(LOADERS)}), which also lets copies be found; a reference "
         f"that comes with the project, which needs no data ({shipped}); or such a file",
     )
-    parser.add_argument("--image-size", type=int, default=28, help="pixels of the data set (28)")
+    parser.add_argument(
+        "--image-size", type=int, help="pixels of the data set (its usual ones, as in train.py)"
+    )
     parser.add_argument("--data-root", help="folder with the data sets ($DATA_ROOT, else data)")
     parser.add_argument(
         "--extractor",
@@ -76,8 +78,9 @@ def main(arguments: list[str] | None = None) -> None:
                 "the domain extractor knows the train split, which is the reference here; give "
                 "--reference bloodmnist-28-domain, or another extractor"
             )
+        size = options.image_size or USUAL_SIZE[options.reference.partition(":")[0]]
         sets = {
-            split: load_dataset(options.reference, options.data_root, options.image_size, split)
+            split: load_dataset(options.reference, options.data_root, size, split)
             for split in ("train", "val", "test", "held_out")
         }
         channels = sets["train"].images.shape[1]
@@ -131,11 +134,6 @@ def main(arguments: list[str] | None = None) -> None:
     )
 
 
-def sha256_of(images: torch.Tensor) -> str:
-    """Of the images' pixels, uint8 [N, C, H, W]."""
-    return hashlib.sha256(images.contiguous().numpy()).hexdigest()
-
-
 def _refuse_other_images(record: Path, own: dict) -> None:
     try:
         there = json.loads(record.read_text(encoding="utf-8")).get("sha256")
@@ -170,7 +168,8 @@ def _floor(reference: Reference, held_out: torch.Tensor, n: int, extractor: Extr
     """The metrics of as many held-out real cells, or of all where there are fewer."""
     features = extract(held_out, extractor, "features of real cells (held out)")
     rows = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:n]
-    return {"n": len(rows)} | protocol.measure(reference.features, features[rows])[0]
+    real, cells = (part.to(extractor.device) for part in (reference.features, features[rows]))
+    return {"n": len(rows)} | protocol.measure(real, cells)[0]
 
 
 def _without(held_out: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
@@ -250,12 +249,12 @@ def _load_archive(
         with np.load(path, allow_pickle=False) as file:
             images = file["images"]
             labels = file["labels"].reshape(-1) if "labels" in file else None
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error):
+    except (*BROKEN_ARCHIVE, KeyError, ValueError, TypeError, AttributeError):
         raise InputError(f"{path} cannot be read, or holds no array `images`") from None
     form = images.dtype == np.uint8 and images.ndim == 4
-    if not form or channels not in (images.shape[1], images.shape[3]):
+    if not form or channels not in (images.shape[1], images.shape[3]) or not len(images):
         raise InputError(
-            f"{path}: images must be uint8 [N, {channels}, S, S] or [N, S, S, {channels}] in "
+            f"{path}: images must be uint8 [N ≥ 1, {channels}, S, S] or [N, S, S, {channels}] in "
             f"[0, 255], got {images.dtype} {list(images.shape)}"
         )
     if images.shape[1] != channels:

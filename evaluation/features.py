@@ -81,13 +81,14 @@ def load_extractor(spec: str | Path | None = None, device: torch.device | str = 
     module.eval()
     if device.type == "cpu":
         module.to(memory_format=torch.channels_last)
-    dim = _probe(module, path, device)
+    dim, sha256 = _probe(module, path, device), _sha256(path)
+    # A shipped file under another path is the same network, with the same limits.
+    spec = next((name for name, file in SHIPPED.items() if _sha256(file) == sha256), spec)
     name, distance_name = path.stem, f"FD ({LABELS.get(path.stem, path.stem)})"
     if spec == "inception":
         name, distance_name = f"inception-{dim}", "FID"
     elif spec in SHIPPED:
         name, distance_name = f"{spec}-{dim}", f"FD ({spec})"
-    sha256 = _sha256(path)
     sha256 = SAME_FEATURES.get(sha256, sha256)
     return Extractor(name, distance_name, sha256, dim, module, device)
 
@@ -198,8 +199,8 @@ def _inception_file() -> Path:
     """The Inception weights, downloaded if they are not there, with their sha256 checked."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.rsplit("/", 1)[1]
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(INCEPTION_URL, path, INCEPTION_SHA256_PREFIX)
         except (OSError, RuntimeError) as error:
             raise InputError(

@@ -13,13 +13,11 @@ from evaluation.agreement import (
     train_classifier,
 )
 from evaluation.copies import Suspects, find_copies
-from evaluation.features import Extractor
-from evaluation.reference import Reference, make_reference
+from evaluation.features import DOMAIN_FILE, Extractor
+from evaluation.reference import Reference, channel_means, make_reference
 from utils import ImageSet, cache_folder, write_text
 
 VALIDATION_FREQUENCIES = "validation frequencies"
-# The data sets whose cells our own classifier knows.
-DOMAIN = ("BloodMNIST", "BloodMNIST (rebuilt)", "PBC")
 
 
 def judge(
@@ -37,24 +35,31 @@ def judge(
     held-out cells), `copies` (`find_copies`), `mean_colour_error` (of 255), for blood cells
     `domain` (distances on the features of our own classifier against the test split, since it
     knows the train split), and with labels `agreement` (`classifier_agreement`), with our own
-    classifier for blood cells and with one that is trained on the train split for other data.
+    classifier for blood cells and with one that is trained on the train split for other data. Blood
+    cells are those of a train split that our own classifier was trained on: it may know test cells
+    of another split.
     """
     train, held_out = sets["train"], sets["held_out"]
     reference, classifier = make_reference(train, extractor), classifier_of(sets, extractor.device)
     metrics = protocol.evaluate(reference, images, extractor, labels)
     metrics["floor"] = floor(reference, sets, extractor, classifier)
     metrics["copies"], suspects = find_copies(images, train.images, held_out.images, extractor)
-    colours = [part.double().mean((0, 2, 3)) for part in (images, train.images)]
-    metrics["mean_colour_error"] = (colours[0] - colours[1]).abs().mean().item()
+    colours = channel_means(images) - channel_means(train.images)
+    metrics["mean_colour_error"] = colours.abs().mean().item()
     metrics |= _by_classifier(images, labels, sets, classifier)
     return metrics, suspects
 
 
 def classifier_of(sets: dict[str, ImageSet], device: torch.device) -> Classifier:
-    """Of blood cells our own; of other data one that is trained on the train split now."""
-    if sets["train"].name in DOMAIN:
+    """Our own where it was trained on this train split, else one that is trained on it now."""
+    if _is_known(sets["train"]):
         return load_domain_classifier(device)
     return train_classifier(sets["train"], sets["val"], device)
+
+
+def _is_known(train: ImageSet) -> bool:
+    record = json.loads(DOMAIN_FILE.with_suffix(".json").read_text(encoding="utf-8"))
+    return train.sha256() in [part["sha256"] for part in record["train"]]
 
 
 def floor(
@@ -102,7 +107,7 @@ def _by_classifier(
     """
     train, val, test = (sets[split] for split in ("train", "val", "test"))
     result = {}
-    if train.name in DOMAIN:
+    if _is_known(train):
         reference = make_reference(test, classifier, train.sha256())
         asked = None if labels is None else labels[: len(val)]
         first = images[: len(val)]

@@ -8,7 +8,6 @@ images of a generator are called by notebooks/how_to_read_the_numbers.ipynb.
 """
 
 import functools
-import hashlib
 import io
 import json
 import os
@@ -38,6 +37,7 @@ from utils import (
     progress,
     random_flips_and_turns,
     resize_pbc,
+    sha256_of,
     split_pbc,
     to_model_range,
     to_uint8,
@@ -121,7 +121,7 @@ def load_setup(
 
     data_root: as in `utils.load_dataset`; extractor: as in `features.load_extractor`.
     """
-    data_root = Path(data_root or os.environ.get("DATA_ROOT") or ROOT / "data")
+    data_root = Path(data_root or os.environ.get("DATA_ROOT") or ROOT / "data").expanduser()
     train, held_out = (
         load_dataset("bloodmnist", data_root, 28, split) for split in ("train", "held_out")
     )
@@ -471,7 +471,7 @@ def measure(experiment, setup: Setup, out: str | Path = OUT, *images: torch.Tens
         "feature_dim": setup.extractor.dim,
         "n": len(setup.rows),
         "seed": setup.seed,
-        "images_sha256": [hashlib.sha256(part.contiguous().numpy()).hexdigest() for part in images],
+        "images_sha256": [sha256_of(part) for part in images],
     }
     path = Path(out) / f"{experiment.__name__}.json"
     try:

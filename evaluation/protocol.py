@@ -81,7 +81,8 @@ def evaluate(
     if images.shape[2:] != (reference.image_size, reference.image_size):
         raise InputError(
             f"generated images of {' × '.join(map(str, images.shape[2:]))} pixels can't be "
-            f"compared with real ones of {reference.image_size}; draw them at that size"
+            f"compared with real ones of {reference.image_size}; draw them at that size, or load "
+            "the real ones at theirs (--image-size)"
         )
     if extractor.sha256 != reference.extractor_sha256:
         raise InputError(

@@ -109,10 +109,19 @@ def make_reference(data: ImageSet, extractor: Extractor, dataset_sha256: str = "
 
 
 def _mean_image(images: torch.Tensor) -> torch.Tensor:
+    return _mean(images).round().to(torch.uint8)
+
+
+def channel_means(images: torch.Tensor) -> torch.Tensor:
+    """Mean of each channel of uint8 [N, C, H, W], 0 … 255: float64 [C]."""
+    return _mean(images).mean((1, 2))
+
+
+def _mean(images: torch.Tensor) -> torch.Tensor:
     total = torch.zeros(images.shape[1:], dtype=torch.float64, device=images.device)
     for part in images.split(1024):  # sum() copies to int64, eight times as large
         total += part.sum(0)
-    return (total / len(images)).round().to(torch.uint8)
+    return total / len(images)
 
 
 def save_reference(reference: Reference, path: str | Path) -> None:

@@ -239,6 +239,7 @@ def _class_row(model: str, preset: str, group: list[tuple[dict, dict]]) -> dict:
         **means,
         "n_agreement": _at(first, (*path[:-1], "n")),
         "extractor": first["protocol"]["extractor"],
+        "reference_split": first["protocol"]["reference_split"],
         "protocol": Protocol(**first["protocol"]).key(),
     }
 
@@ -266,16 +267,20 @@ def per_class_markdown(rows: list[dict]) -> str:
             f"| {row['model']} | {row['preset'] or '–'} | {row['class']} | {row['seeds'] or '–'} "
             f"| {row['n_real']:,} | {row['n_fake']:,} | {cells} |"
         )
-    lines += [
-        "",
-        "KID, precision and recall: images of a class against the train cells of that class, on "
-        f"features of {rows[0]['extractor']}; mean ± sd over seeds; protocol "
-        f"{rows[0]['protocol']}. Agreement: how often a classifier of real train cells names the "
-        "class that was asked for, or the class of a real test cell, among images with the test "
-        "split's frequencies. Fréchet "
-        "distances are left out: the classes have too few images for them.",
-    ]
-    return "\n".join(lines)
+    seeds = "mean ± sd over seeds; " if any((row["seeds"] or 0) > 1 for row in rows) else ""
+    text = (
+        f"KID, precision and recall: images of a class against the {rows[0]['reference_split']} "
+        f"cells of that class, on features of {rows[0]['extractor']}; {seeds}protocol "
+        f"{rows[0]['protocol']}. "
+    )
+    if any(row["agreement_mean"] is not None for row in rows):
+        text += (
+            "Agreement: how often a classifier of real train cells names the class that was asked "
+            "for, or the class of a real test cell, among images with the test split's "
+            "frequencies. "
+        )
+    text += "Fréchet distances are left out: the classes have too few images for them."
+    return "\n".join([*lines, "", text])
 
 
 def ablation_table(runs: list[tuple[Ablation, list[dict]]]) -> list[dict]:

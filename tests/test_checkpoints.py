@@ -310,8 +310,9 @@ def test_the_card_of_drawn_cells(shipped):
 
 
 @BOTH
-def test_the_cards_code_runs(name, shipped, monkeypatch):
-    monkeypatch.chdir(shipped[name].parent)
+def test_the_cards_code_runs(name, shipped, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # stands for the repository's root
+    shutil.copytree(shipped[name].parent, tmp_path / "results" / "checkpoints")
     (code,) = re.findall("```python\n(.*?)```", shipped[name].with_suffix(".md").read_text(), re.S)
     names = {}
     exec(code, names)
@@ -356,6 +357,10 @@ BAD_FILES = {
     "metadata that is no JSON": (
         lambda p: safetensors.torch.save_file({}, p, {"checkpoint": "{"}),
         "cannot be read",
+    ),
+    "metadata of a format alone": (
+        lambda p: safetensors.torch.save_file({}, p, {"checkpoint": '{"format": 1}'}),
+        "no checkpoint of format 1",
     ),
     "another format": (lambda p: change(p, {"format": 2}), "no checkpoint of format 1"),
     "unknown model": (lambda p: change(p, {"model": "vae"}), "unknown model 'vae'"),
@@ -477,7 +482,8 @@ def test_other_data_sets_are_in_the_files_names(pipelines, tmp_path, capsys):
         one, other = (tmp_path / "out" / f"{model}{of}" for of in ("", "-pbc64"))
         files = [path.with_name(f"{path.name}.safetensors") for path in (one, other)]
         assert files[0].read_bytes() == files[1].read_bytes()
-        assert f'load_shipped("{files[1].name}")' in other.with_name(f"{other.name}.md").read_text()
+        card = other.with_name(f"{other.name}.md").read_text()
+        assert f'load_shipped("results/checkpoints/{files[1].name}")' in card
     # What is lacking is told of the main data set alone.
     assert capsys.readouterr().out.count("not finished") == 2
 

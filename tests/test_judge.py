@@ -15,6 +15,15 @@ from evaluation.tables import metrics_table
 from utils import ImageSet, load_dataset
 
 SPLITS = ("train", "val", "test", "held_out")
+is_known = judging._is_known
+
+
+@pytest.fixture(autouse=True, scope="module")
+def known_cells():
+    """The drawn cells stand for those that our own classifier was trained on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judging, "_is_known", lambda train: train.name == "BloodMNIST")
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +61,14 @@ def test_our_own_classifier_sees_the_cells_that_it_was_not_trained_on(judged, se
     assert judged["floor"]["domain"]["protocol"] == rules
     assert judged["agreement"]["n"] == judged["floor"]["agreement"]["n"] == len(sets["test"])
     assert judged["floor"]["agreement"]["agreement"] == judged["agreement"]["real"]["agreement"]
+
+
+def test_our_own_classifier_is_for_the_split_that_it_was_trained_on(sets, real_data_root):
+    """It may know test cells of any other split of the same cells."""
+    assert not is_known(sets["train"])
+    train = load_dataset("bloodmnist", real_data_root, 28, "train")
+    assert is_known(train) == (train.name == "BloodMNIST (rebuilt)")
+    assert not is_known(load_dataset("bloodmnist", real_data_root, 28, "test"))
 
 
 def test_a_generator_that_cannot_be_asked_has_no_rows_by_class(sets, tiny_extractor):

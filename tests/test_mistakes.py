@@ -266,6 +266,19 @@ def test_a_finished_record_is_read_and_one_of_other_facts_made_anew(setup, tmp_p
     assert calls == [0, 1, 1, 0, 0]
 
 
+@pytest.mark.parametrize("fact", ["dataset_sha256", "held_out_sha256", "extractor_sha256"])
+def test_a_record_of_other_data_or_another_network_is_not_overwritten(
+    fact, setup, tmp_path, bad_input
+):
+    record = measure(counted([]), setup, tmp_path)
+    path = tmp_path / "experiment.json"
+    path.write_text(json.dumps(record | {fact: "0" * 64}))
+    before = path.read_text()
+    with bad_input(str(path), "would be overwritten", "folder of its own"):
+        measure(counted([]), setup, tmp_path)
+    assert path.read_text() == before
+
+
 def test_figures_show_the_records_values(setup, tmp_path):
     record = measure(value_range, setup, tmp_path)
     figure = figures.mistake_bars(record, value_ranges(setup.cells[:3]))

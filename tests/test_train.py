@@ -553,6 +553,7 @@ BAD_DRAWINGS = {
     "no file": ("none", [], "none does not exist"),
     "cut short": ("broken", [], "is broken"),
     "foreign": ("foreign", [], "is no weight file"),
+    "no tensors": ("no tensors", [], "is no weight file"),
     "unknown device": ("cvae", ["--device", "abacus"], "unknown device"),
     "unknown option": ("cvae", ["--number", "3"], "--number"),
 }
@@ -565,6 +566,9 @@ def test_bad_drawings(which, options, words, trained, data_root, tmp_path, monke
         path.write_bytes(trained["cvae"].weights_path.read_bytes()[:1000])
     elif which == "foreign":
         torch.save({"state": {}}, path)
+    elif which == "no tensors":
+        kept = torch.load(trained["cvae"].weights_path, weights_only=True)
+        torch.save({**kept, "state": {name: 0 for name in kept["state"]}}, path)
     if options[-1:] == ["--data-root"]:
         options = [*options, str(data_root)]
     code = draw(monkeypatch, path, tmp_path / "out", *options)
