@@ -572,20 +572,100 @@ def split_by_class(source: Path, labels: np.ndarray, classes: tuple[str, ...]) -
     return {split: rng.permutation(rows).tolist() for split, rows in parts.items()}
 
 
-def _load_folder(root: Path, size: int, split: str):
-    """Any folder or zip with one sub-folder per class, of any images that Pillow reads.
+PATIENTS = "patients.csv"
 
-    The largest square of the middle is resized; grey images become RGB, too. Split 7 : 1 : 2 by
-    class; the resized images are cached as one file.
+
+def split_folder(source: Path) -> tuple[list[str], np.ndarray, tuple[str, ...], dict[str, list]]:
+    """Names `class/file`, labels and classes of a folder or zip of images, and rows of each split.
+
+    7 : 1 : 2 of every class. Where PATIENTS (columns file, patient) lies beside the class
+    sub-folders, all images of a patient lie in one split, and the shares are as near as that
+    allows. Raises InputError for an empty class, one that is too small for three splits, and an
+    image without a patient.
     """
-    found = list_classes(root)
+    found = list_classes(source)
     for kind, files in found.items():
         if not files:
-            raise InputError(f"{root}: class sub-folder {kind} is empty; fill or remove it")
+            raise InputError(f"{source}: class sub-folder {kind} is empty; fill or remove it")
     names = [f"{kind}/{file}" for kind, files in found.items() for file, *_ in files]
     labels = np.repeat(np.arange(len(found)), [len(files) for files in found.values()])
     classes = tuple(found)
-    rows = split_by_class(root, labels, classes)[split]
+    patient_of = _read_patients(source)
+    if patient_of is None:
+        return names, labels, classes, split_by_class(source, labels, classes)
+    for name in names:
+        if not patient_of.get(name):
+            raise InputError(f"{source}: {PATIENTS} names no patient for {name}; add a line for it")
+    patients = [patient_of[name] for name in names]
+    return names, labels, classes, split_by_patient(source, labels, classes, patients)
+
+
+def _read_patients(source: Path) -> dict[str, str] | None:
+    """The patient of each file `class/file`; None where there is no PATIENTS."""
+    try:
+        if source.is_dir():
+            data = (source / PATIENTS).read_bytes()
+        else:
+            with _open_zip(source) as archive:
+                members = {_parts(name): name for name in archive.namelist()}
+                places = [parts for parts in members if parts[-1:] == (PATIENTS,)]
+                data = archive.read(members[min(places, key=len)]) if places else None
+    except FileNotFoundError:
+        return None
+    if data is None:
+        return None
+    try:
+        lines = list(csv.DictReader(io.StringIO(data.decode("utf-8-sig")), strict=True))
+        return {line["file"].strip(): line["patient"].strip() for line in lines}
+    except (UnicodeDecodeError, csv.Error, KeyError, AttributeError):
+        raise InputError(
+            f"{source}: {PATIENTS} can't be read; it needs the columns file and patient, such as "
+            "neutrophil/1.png and P07, in UTF-8"
+        )
+
+
+def split_by_patient(
+    source: Path, labels: np.ndarray, classes: tuple[str, ...], patients: list[str]
+) -> dict[str, list]:
+    """Rows of each split, no patient in two: as near to 7 : 1 : 2 of every class as that allows.
+
+    Patients are dealt out one by one, the largest first, each to the split that lacks its classes
+    most; of orders drawn with seed 0 the first is taken that leaves no class out of a split. Raises
+    InputError where none of them does.
+    """
+    rng = np.random.default_rng(0)
+    names, owners = np.unique(patients, return_inverse=True)
+    counts = np.zeros((len(names), len(classes)))
+    np.add.at(counts, (owners, labels), 1)
+    aims = np.array([0.7, 0.1, 0.2])[:, None] * counts.sum(0)
+    for _ in range(100):
+        order = rng.permutation(len(names))
+        order = order[np.argsort(-counts[order].sum(1), kind="stable")]
+        have, split_of = np.zeros_like(aims), np.empty(len(names), int)
+        for patient in order:
+            lacking = (aims - have) / aims  # 1: all of a class, below 0: too many already
+            split_of[patient] = (lacking * counts[patient]).sum(1).argmax()
+            have[split_of[patient]] += counts[patient]
+        if (have > 0).all():
+            rows = {split: np.flatnonzero(split_of[owners] == i) for i, split in enumerate(SPLITS)}
+            return {split: rng.permutation(some).tolist() for split, some in rows.items()}
+    several = (counts > 0).sum(0)
+    few = classes[several.argmin()]
+    raise InputError(
+        f"{source}: the patients can't be dealt to training, validation and test with every class "
+        f"in each ({few} has {several.min()} patients); add some, leave the class out, or remove "
+        f"{PATIENTS}"
+    )
+
+
+def _load_folder(root: Path, size: int, split: str):
+    """Any folder or zip with one sub-folder per class, of any images that Pillow reads.
+
+    The largest square of the middle is resized; grey images become RGB, too. The resized images
+    are cached as one file.
+    """
+    names, labels, classes, parts = split_folder(root)
+    rows, found = parts[split], list_classes(root)
     images = _cached("folder", _fingerprint(found), size, lambda: resize_images(root, names, size))
     name = root.resolve().name.removesuffix(".zip")
     return f"folder {name}", images[rows], labels[rows], classes

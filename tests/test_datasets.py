@@ -22,6 +22,7 @@ from evaluation.features import extract, load_extractor
 from utils import (
     BLOOD_CLASSES,
     LOADERS,
+    PATIENTS,
     PBC_FOLDER,
     SPLITS,
     USUAL_SIZE,
@@ -35,6 +36,8 @@ from utils import (
     resize_images,
     save_png,
     split_by_class,
+    split_by_patient,
+    split_folder,
     to_rgb,
 )
 
@@ -82,6 +85,34 @@ def test_every_class_is_split_7_1_2_and_every_image_used_once(counts, seed):
 def test_a_class_too_small_for_three_splits_is_bad_input(bad_input):
     with bad_input("some folder", "class b", "3 images", "at least 4"):
         split_by_class(Path("some folder"), np.array([0] * 4 + [1] * 3), ("a", "b"))
+
+
+def owners(rng: np.random.Generator, labels: np.ndarray, n: int) -> list[str]:
+    """n patients, each with images of any class."""
+    return [f"P{owner}" for owner in rng.permutation(np.arange(len(labels)) % n)]
+
+
+@given(
+    st.lists(st.integers(30, 80), min_size=1, max_size=4), st.integers(12, 30), st.integers(0, 99)
+)
+def test_no_patient_is_in_two_splits(counts, n, seed):
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.repeat(np.arange(len(counts)), counts))
+    classes, patients = tuple(str(label) for label in range(len(counts))), owners(rng, labels, n)
+    parts = split_by_patient(Path("x"), labels, classes, patients)
+    assert sorted(row for part in parts.values() for row in part) == list(range(len(labels)))
+    sets = [{patients[row] for row in parts[split]} for split in SPLITS]
+    assert sum(map(len, sets)) == len(set.union(*sets)) == len(set(patients))
+    for split, share in zip(SPLITS, (0.7, 0.1, 0.2), strict=True):
+        assert (np.bincount(labels[parts[split]], minlength=len(counts)) >= 1).all()
+        assert abs(len(parts[split]) / len(labels) - share) < 0.15
+    assert parts == split_by_patient(Path("x"), labels, classes, patients)
+
+
+def test_a_class_of_too_few_patients_is_bad_input(bad_input):
+    labels, patients = np.array([0] * 9 + [1] * 9), [*"abcabcabc", *"abababbbb"]
+    with bad_input("some folder", "dog has 2 patients", PATIENTS):
+        split_by_patient(Path("some folder"), labels, ("cat", "dog"), patients)
 
 
 def solid(mode: str, colour, **info) -> Image.Image:
@@ -222,6 +253,39 @@ def test_a_folder_of_classes(folder):
             assert (green, blue) == ((50, 0), (0, 50))[label]
             seen.add((red, label))
     assert seen == {(10 * n, 0) for n in range(10)} | {(10 * n, 1) for n in range(4)}
+
+
+@pytest.mark.parametrize("around", ["", "pack/", "./"])
+def test_patients_of_a_folder_or_zip_stay_together(around, tmp_path):
+    files = {f"{kind}/{n}.png": png((20 * n, 9, 9)) for kind in ("cat", "dog") for n in range(12)}
+    lines = [f"{name},P{n % 12 // 2}" for n, name in enumerate(files)]  # six patients, four images
+    table = {PATIENTS: "\r\n".join(["\ufefffile,patient", *lines]).encode()}
+    folder = write_folder(tmp_path / "cells", files | table)
+    packed = write_zip(tmp_path / "z.zip", {around + k: v for k, v in (files | table).items()})
+    (names, labels, classes, parts), other = split_folder(folder), split_folder(packed)
+    assert names == other[0] and parts == other[3] and classes == ("cat", "dog")
+    patient_of = dict(line.split(",") for line in lines)
+    sets = [{patient_of[names[row]] for row in parts[split]} for split in SPLITS]
+    assert sum(map(len, sets)) == 6 == len(set.union(*sets))
+    for split in SPLITS:
+        part = load_dataset("folder", folder, 9, split)
+        assert part.labels.tolist() == labels[parts[split]].tolist()
+
+
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        (b"file,patient\na/0.PNG,P1\n", "names no patient for"),
+        (b"image,patient\na/0.PNG,P1\n", "columns file and patient"),
+        (b"file,patient\na/0.PNG\n", "columns file and patient"),
+        (b"file,patient\n\xff,P1\n", "in UTF-8"),
+        (b"", "names no patient for"),
+    ],
+)
+def test_patients_that_cannot_be_read_are_bad_input(data, words, folder, bad_input):
+    (folder / PATIENTS).write_bytes(data)
+    with bad_input("my cells", PATIENTS, words):
+        load_dataset("folder", folder, 5)
 
 
 @pytest.mark.parametrize("around", ["", "pack/", "./", "./pack/"])

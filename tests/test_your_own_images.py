@@ -174,7 +174,7 @@ def test_an_empty_class_is_named(folder, tmp_path):
 
 
 def test_a_model_without_classes_is_refused_before_it_is_trained(folder, tmp_path, bad_input):
-    with bad_input("dcgan quick is not told the class; take cwgan_gp or cgan"):
+    with bad_input("dcgan quick is not told the class; take the preset best of cvae or ddpm"):
         run_cells(
             data_dir=str(folder), out=tmp_path / "out", model="dcgan", settings={"batch_size": 4}
         )
