@@ -1,7 +1,7 @@
 """The `best` preset of the DCGAN: the same idea, a convolutional GAN without classes, with what the
 field has learned since. The loss is that of Huang, Gokaslan, Kuleshov and Tompkin 2024, "The GAN is
-dead; long live the GAN! A Modern GAN Baseline" (R3GAN): relativistic, with zero-centred gradient
-penalties on real and on generated images. Networks without normalisation, as there, but of a size
+dead; long live the GAN! A Modern GAN Baseline" (R3GAN): relativistic (Jolicoeur-Martineau 2019), with
+zero-centred gradient penalties on real and on generated images. Networks without normalisation, as there, but of a size
 that one CPU core can train.
 """
 
@@ -130,8 +130,8 @@ class Model(nn.Module):
         """One update of the discriminator, then one of the generator.
 
         images: [-1, 1], [N, C, S, S]; the labels are not used. Both losses are softplus(-margin) of
-        the relativistic pairing: each generated image is judged beside a real one, so that a
-        generator gains nothing from fewer kinds of cells. Logs the losses, the mean margin
+        the relativistic pairing: each generated image is judged beside a real one, which is
+        meant to make fewer kinds of cells unprofitable. Logs the losses, the mean margin
         D(x) - D(G(z)) before the updates, and the penalties.
         """
         config, n = self.config, len(images)

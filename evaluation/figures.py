@@ -483,7 +483,7 @@ def quality_and_cost(records: list[dict], names: dict[str, str]) -> Figure:
                     "o",
                     color=colour,
                     fillstyle="full" if preset == "best" else "none",
-                    label=f"{names[model]} {preset}",
+                    label=_run_title(group[0], names),
                 )
             axis.axhline(first["floor"]["frechet_distance"], color="black", lw=1, ls="--")
             axis.set_xscale("log")
@@ -499,6 +499,12 @@ def quality_and_cost(records: list[dict], names: dict[str, str]) -> Figure:
     return figure
 
 
+def _run_title(record: dict, names: dict[str, str]) -> str:
+    """Model and preset, and the budget where that makes them another thing."""
+    budget = "" if record["budget"] == "full" else f", {record['budget']}"
+    return f"{names[record['model']]} {record['preset']}{budget}"
+
+
 def validation_curves(records: list[dict], names: dict[str, str]) -> Figure:
     """KID on the validation split as training goes on: a line a training, a dot where it was kept.
 
@@ -509,9 +515,8 @@ def validation_curves(records: list[dict], names: dict[str, str]) -> Figure:
         figure = Figure(figsize=(3.2 * len(runs), 2.6), layout="constrained")
         axes = figure.subplots(1, len(runs), squeeze=False).flatten()
         for axis, (model, preset) in zip(axes, runs, strict=True):
-            for record in records:
-                if (record["model"], record["preset"]) != (model, preset):
-                    continue
+            group = [r for r in records if (r["model"], r["preset"]) == (model, preset)]
+            for record in group:
                 rows = [row for row in record["history"] if "validation_kid" in row]
                 seen = [
                     row["epoch"] * record["images_seen"] / record["config"]["epochs"]
@@ -521,7 +526,7 @@ def validation_curves(records: list[dict], names: dict[str, str]) -> Figure:
                 (line,) = axis.plot(seen, values, label=f"seed {record['seed']}")
                 best = min(range(len(rows)), key=values.__getitem__)
                 axis.plot(seen[best], values[best], "o", color=line.get_color())
-            axis.set_title(f"{names[model]} {preset}")
+            axis.set_title(_run_title(group[0], names))
             axis.set_xlabel("images seen")
             axis.xaxis.set_major_locator(MaxNLocator(4))
             axis.xaxis.set_major_formatter(PLAIN)
