@@ -1,8 +1,8 @@
 """The `best` preset of the DCGAN: the same idea, a convolutional GAN without classes, with what the
 field has learned since. The loss is that of Huang, Gokaslan, Kuleshov and Tompkin 2024, "The GAN is
-dead; long live the GAN! A Modern GAN Baseline" (R3GAN): relativistic (Jolicoeur-Martineau 2019), with
-zero-centred gradient penalties on real and on generated images. Networks without normalisation, as there, but of a size
-that one CPU core can train.
+dead; long live the GAN! A Modern GAN Baseline" (R3GAN): relativistic (Jolicoeur-Martineau 2019),
+with zero-centred gradient penalties on real and on generated images. Networks without
+normalisation, as there, but of a size that one CPU core can train.
 """
 
 from dataclasses import dataclass

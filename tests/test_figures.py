@@ -12,6 +12,7 @@ def record(model: str, preset: str, device: str, seconds: float, value: float, k
     return {
         "model": model,
         "preset": preset,
+        "budget": "full",
         "seed": 0,
         "device": device,
         "threads": 2,
