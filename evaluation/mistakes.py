@@ -119,15 +119,29 @@ def load_setup(
 ) -> Setup:
     """BloodMNIST at 28 pixels, `n` of its held-out cells (all where there are fewer), a network.
 
-    data_root: as in `utils.load_dataset`; extractor: as in `features.load_extractor`.
+    n: more where the network has more than n / 1.5 features, since a Fréchet distance needs them.
+    data_root: as in `utils.load_dataset`; extractor: as in `features.load_extractor`. Raises
+    InputError where there are too few held-out cells for the network.
     """
     data_root = Path(data_root or os.environ.get("DATA_ROOT") or ROOT / "data").expanduser()
     train, held_out = (
         load_dataset("bloodmnist", data_root, 28, split) for split in ("train", "held_out")
     )
-    rows = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(seed))[:n]
     network = load_extractor(extractor, pick_device(device))
+    least = fewest(network)
+    if len(held_out) < least:
+        raise InputError(
+            f"{len(held_out)} held-out cells are too few for a Fréchet distance in {network.dim} "
+            f"dimensions, which takes {least}; take a network of fewer features"
+        )
+    order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(seed))
+    rows = order[: max(n, least)]
     return Setup(train, held_out, rows, network, data_root, seed)
+
+
+def fewest(extractor: Extractor) -> int:
+    """The least number of images that a Fréchet distance on these features can be taken of."""
+    return int(1.5 * extractor.dim) + 1
 
 
 def _draw(rows: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tensor:
@@ -354,7 +368,8 @@ def reference_split(setup: Setup, images: torch.Tensor) -> dict:
     """Generated images and held-out cells against each split, at its full size and at equal n.
 
     images: uint8 [N, 3, S, S], as many as there are held-out cells. The held-out cells are
-    themselves among the validation, test and all cells.
+    themselves among the validation, test and all cells. Raises InputError where a split has too
+    few cells for the network.
     """
     n_val = len(load_dataset("bloodmnist", setup.data_root, 28, "val"))
     train, held_out = setup.reference.features, setup.held_out_features
@@ -364,7 +379,13 @@ def reference_split(setup: Setup, images: torch.Tensor) -> dict:
         "test": held_out[n_val:],
         "all": torch.cat([train, held_out]),
     }
-    n_equal = min(N_EQUAL, *map(len, splits.values()))
+    least, smallest = fewest(setup.extractor), min(splits, key=lambda split: len(splits[split]))
+    if len(splits[smallest]) < least:
+        raise InputError(
+            f"the {smallest} split has {len(splits[smallest])} cells, too few for a Fréchet "
+            f"distance in {setup.extractor.dim} dimensions, which takes {least}"
+        )
+    n_equal = min(max(N_EQUAL, least), len(splits[smallest]))
     generator = torch.Generator().manual_seed(setup.seed)
     fakes = extract(images, setup.extractor, "features of generated images")
     subjects = {

@@ -279,6 +279,18 @@ def test_a_record_of_other_data_or_another_network_is_not_overwritten(
     assert path.read_text() == before
 
 
+def test_no_distance_is_taken_of_too_few_cells_for_the_network(
+    setup, data_root, tiny_extractor, bad_input
+):
+    least = int(1.5 * setup.extractor.dim) + 1
+    assert len(load_setup(data_root, tiny_extractor, "cpu", n=least - 5).rows) == least
+    with bad_input("held-out cells are too few", "64 dimensions", "97"):
+        load_setup(data_root, "demo", "cpu")
+    wide = dataclasses.replace(setup.extractor, dim=30)
+    with bad_input("the validation split has 24 cells", "30 dimensions", "46"):
+        reference_split(dataclasses.replace(setup, extractor=wide), setup.held_out.images)
+
+
 def test_figures_show_the_records_values(setup, tmp_path):
     record = measure(value_range, setup, tmp_path)
     figure = figures.mistake_bars(record, value_ranges(setup.cells[:3]))
