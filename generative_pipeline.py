@@ -54,6 +54,8 @@ from utils import (
 # Part of every run's identity. Raise it with any change that alters what a training gives;
 # finished runs of other versions are then run again.
 CODE_VERSION = 1
+# Raise it when `measure_sampling` gives other than before.
+SAMPLING_VERSION = 1
 RESULTS = Path(__file__).resolve().parent / "results"
 CHECKPOINT_FORMAT = 2
 WEIGHTS_FORMAT = 1
@@ -502,6 +504,10 @@ class GenerativePipeline:
             )
         return self._extractor
 
+    def weights_key(self) -> str:
+        """Hash of config, data and code version: equal keys, equal weights."""
+        return _hash(self._identity())
+
     def run_key(self) -> str:
         """Hash of config, data, extractor and code versions: equal keys, equal results."""
         content = {
@@ -509,7 +515,7 @@ class GenerativePipeline:
             "extractor_sha256": self.extractor().sha256,
             "metrics_version": protocol.METRICS_VERSION,
         }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        return _hash(content)
 
     def finished_record(self) -> dict | None:
         """The record of this very run if it has been written, else None."""
@@ -626,7 +632,13 @@ class GenerativePipeline:
         """
         if not self.model.conditional:
             raise InputError(f"{self.name} can't be asked for a class; evaluate() measures it")
-        path, key = self.out / "per_class.json", {"key": self.run_key(), "n": n}
+        path = self.out / "per_class.json"
+        key = {
+            "weights_key": self.weights_key(),
+            "extractor_sha256": self.extractor().sha256,
+            "version": per_class.VERSION,
+            "n": n,
+        }
         with contextlib.suppress(OSError, ValueError):
             stored = json.loads(path.read_text(encoding="utf-8"))
             if {name: stored.get(name) for name in key} == key:
@@ -655,7 +667,13 @@ class GenerativePipeline:
         """
         val, extractor, path = self.sets["val"], self.extractor(), self.out / "sampling.json"
         chosen = [self._sampling_settings(settings) for settings in ({}, *variants)]
-        study = {"key": self.run_key(), "extractor": extractor.name, "n": n, "settings": chosen}
+        study = {
+            "weights_key": self.weights_key(),
+            "extractor_sha256": extractor.sha256,
+            "version": SAMPLING_VERSION,
+            "n": n,
+            "settings": chosen,
+        }
         with contextlib.suppress(OSError, ValueError):
             stored = json.loads(path.read_text(encoding="utf-8"))
             if {name: stored.get(name) for name in study} == study:
@@ -718,6 +736,7 @@ class GenerativePipeline:
         duplicates = find_duplicates([self.sets[split] for split in ("train", "val", "test")])
         return {
             "key": self.run_key(),
+            "weights_key": self.weights_key(),
             "model": self.name,
             "preset": self.preset,
             "budget": self.budget(),
@@ -742,6 +761,10 @@ class GenerativePipeline:
             "metrics": metrics,
             "history": self.history,
         }
+
+
+def _hash(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def differences(there: dict, here: dict, names: Iterable[str], place: str = "here") -> str:

@@ -600,7 +600,7 @@ def measure_generators(options: argparse.Namespace) -> dict[str, str]:
             return train_on_generated(images, labels, pipeline.sets, *rest)
 
         try:
-            found = read_or_measure(path, record["key"], measure)
+            found = read_or_measure(path, record["weights_key"], measure)
         except InputError as error:
             failures[name] = str(error)
             continue

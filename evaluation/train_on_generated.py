@@ -199,16 +199,16 @@ def _cell(row: dict, name: str) -> str:
     return f"{mean:.3f}" if sd is None else f"{mean:.3f} ± {sd:.3f}"
 
 
-def read_or_measure(path: Path, key: str, measure: Callable[[], dict]) -> dict:
-    """What `measure` returned for the run with this key, kept at `path` and measured once."""
+def read_or_measure(path: Path, weights_key: str, measure: Callable[[], dict]) -> dict:
+    """What `measure` returned for the weights with this key, kept at `path` and measured once."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # none is there, or half a one
         stored = {}
-    wanted = {"key": key, **rules()}
+    wanted = {"weights_key": weights_key, **rules()}
     if {name: stored.get(name) for name in wanted} == wanted:
         return stored
-    result = {"key": key, **measure()}
+    result = {"weights_key": weights_key, **measure()}
     text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
     write_text(path, text)
     return result

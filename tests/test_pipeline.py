@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from custom_models import MODELS
-from evaluation import features, judge, kid, per_class
+from evaluation import features, judge, kid, per_class, protocol
 from generative_pipeline import GenerativePipeline, derive_seed, run_folder
 from utils import BLOOD_CLASSES, ImageSet, class_balanced_labels, to_uint8
 
@@ -1018,11 +1018,16 @@ def test_a_conditional_model_is_measured_class_by_class(make, monkeypatch, bad_i
     labels = class_balanced_labels(8, 4)
     images = pipeline.sample(labels)
     again = per_class.evaluate_per_class(images, labels, pipeline.sets, pipeline.extractor())
-    assert {**again, "key": pipeline.run_key(), "n": 4} == result
+    of = ("weights_key", "extractor_sha256", "version", "n")
+    assert {**again, **{name: result[name] for name in of}} == result
+    assert result["weights_key"] == pipeline.weights_key() and result["n"] == 4
     files = {path.name for path in pipeline.out.glob("per_class.*")}
     assert files == {"per_class.json", "per_class.md", "per_class.png"}
     assert json.loads((pipeline.out / "per_class.json").read_text()) == result
     monkeypatch.setattr(pipeline, "sample", None)
+    assert pipeline.evaluate_per_class(n=4) == result
+    # It depends on weights, not on what else the record holds.
+    monkeypatch.setattr(protocol, "METRICS_VERSION", 99)
     assert pipeline.evaluate_per_class(n=4) == result
     unconditional = make(out="other")
     unconditional.train()

@@ -227,7 +227,7 @@ def test_the_table_of_generators_is_that_of_its_records(page):
         path = folder / f"{record['model']}-{record['preset']}-seed{record['seed']}.json"
         if path.exists():
             found = json.loads(path.read_text(encoding="utf-8"))
-            assert found["key"] == record["key"]
+            assert found["weights_key"] == record["weights_key"]
             runs.append((record, found))
     assert len(runs) == len(list(folder.glob("*.json")))
     text = train_on_generated.markdown(train_on_generated.compare(runs))

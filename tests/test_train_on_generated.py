@@ -156,7 +156,7 @@ def test_the_command(data_root, tiny_extractor, tmp_path, monkeypatch, capsys, b
     found = json.loads(
         (tmp_path / "augmentation" / "generators" / "cwgan_gp-baseline-seed0.json").read_text()
     )
-    assert found["key"] == json.loads(record)["key"] and found["n"] == 64
+    assert found["weights_key"] == json.loads(record)["weights_key"] and found["n"] == 64
     assert "cwgan_gp baseline" in (tmp_path / "augmentation" / "generators.md").read_text()
     said = capsys.readouterr().out
     assert "cwgan_gp baseline seed 0: balanced accuracy" in said and "generators.png" in said
