@@ -590,6 +590,9 @@ def measure_generators(options: argparse.Namespace) -> dict[str, str]:
         if not (path.exists() or _weights(record, options.out).is_file()):
             print(f"{name}: left out, since its weights are not kept here")
             continue
+        if "weights_key" not in record:
+            failures[name] = "its record is older than this study; measure the run again"
+            continue
 
         def measure(record=record) -> dict:
             weights = _kept_weights(record, options.out)
