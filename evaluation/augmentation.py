@@ -26,7 +26,7 @@ import torch
 from evaluation import classification, figures, significance
 from evaluation.copies import TURNS, turned
 from evaluation.neighbours import distances
-from evaluation.tables import mean_and_sd, write_rows
+from evaluation.tables import mean_and_sd, number, write_rows
 from utils import SPLITS, ImageSet, InputError, load_dataset, seed_everything, write_text
 
 # Part of every record's identity. Raise it with any change that alters what an arm gives.
@@ -820,7 +820,7 @@ def _arm_table(rows: list[dict], compared: bool = True) -> str:
         cells = [row["classifier"], row["arm"], f"{row['folds']} × {row['seeds']}"]
         cells += [f"{row['n_real']:.0f}", f"{row['n_generated']:.0f}"]
         cells += [
-            f"{_number(row[f'{name}_mean'])} ± {_number(row[f'{name}_sd'])}" for name in SCORES
+            f"{number(row[f'{name}_mean'], '.3f')} ± {number(row[f'{name}_sd'], '.3f')}" for name in SCORES
         ]
         if compared:
             cells += [_difference_cell(row), _p(row["p_holm"]), row["verdict"] or "–"]
@@ -838,7 +838,7 @@ def _recall_table(rows: list[dict]) -> str:
         "|---|---|" + "---:|" * len(kinds),
     ]
     for row in rows:
-        cells = [_number(row[name]) for name in columns]
+        cells = [number(row[name], ".3f") for name in columns]
         lines.append(f"| {row['classifier']} | {row['arm']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -886,9 +886,5 @@ def _difference_cell(row: dict) -> str:
     return f"{row['difference']:+.3f}{interval}"
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
-
-
 def _p(value: float | None) -> str:
-    return "< 0.001" if value is not None and value < 0.001 else _number(value)
+    return "< 0.001" if value is not None and value < 0.001 else number(value, ".3f")

@@ -41,9 +41,8 @@ class Suspects:
     """The generated images that lie nearest to a training cell, measured by the held-out ones.
 
     images: uint8 [N, 3, S, S]; train, held_out: uint8 [N, 3, S, S], the nearest cell of each kind,
-    turned to match. rows, train_rows: where they stand in their sets; turns: which of `turned`
-    brings the image onto the training cell; train_distances, held_out_distances: root mean squared
-    difference, 0 … 255.
+    turned to match. rows, train_rows: where they stand in their sets; train_distances,
+    held_out_distances: root mean squared difference, 0 … 255.
     """
 
     images: torch.Tensor
@@ -51,7 +50,6 @@ class Suspects:
     held_out: torch.Tensor
     rows: list[int]
     train_rows: list[int]
-    turns: list[int]
     train_distances: list[float]
     held_out_distances: list[float]
 
@@ -165,7 +163,8 @@ def _suspects(images, train, held_out, to_train, to_held_out) -> Suspects:
         matching(train, to_train),
         matching(held_out, to_held_out),
         rows,
-        *(column(to_train[i]) for i in (1, 2, 0)),
+        column(to_train[1]),
+        column(to_train[0]),
         column(to_held_out[0]),
     )
 

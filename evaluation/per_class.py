@@ -12,6 +12,7 @@ import torch
 from evaluation.features import Extractor, extract
 from evaluation.frechet import frechet_distance, gaussian_statistics
 from evaluation.protocol import Protocol, measure
+from evaluation.tables import number
 from utils import ImageSet, InputError
 
 VERSION = 1  # raise it when a class's row has other numbers than before
@@ -154,15 +155,15 @@ def per_class_markdown(record: dict) -> str:
         cells = [
             f"{row['n_real']:,}",
             f"{row['n_fake']:,}",
-            f"{_shown(row['kid'], '.4g')} ± {_shown(row['kid_standard_error'], '.2g')}",
-            _shown(row["floor"]["kid"], ".2g"),
-            _shown(row["frechet_distance"], ".1f"),
-            _shown(row["precision"], ".3f"),
-            _shown(row["recall"], ".3f"),
+            f"{number(row['kid'], '.4g')} ± {number(row['kid_standard_error'], '.2g')}",
+            number(row["floor"]["kid"], ".2g"),
+            number(row["frechet_distance"], ".1f"),
+            number(row["precision"], ".3f"),
+            number(row["recall"], ".3f"),
             f"{row['published']['n']:,}",
-            _shown(row["published"]["frechet_distance"], ".1f"),
+            number(row["published"]["frechet_distance"], ".1f"),
         ]
-        cells += [_shown(PUBLISHED_FID[row["class"]], ".1f")] if as_published else []
+        cells += [number(PUBLISHED_FID[row["class"]], ".1f")] if as_published else []
         lines.append(f"| {row['class']} | {' | '.join(cells)} |")
     mean = record["mean"]
     cells = [
@@ -175,7 +176,7 @@ def per_class_markdown(record: dict) -> str:
     cells += [_mean_cell(mean[name], ".3f") for name in ("precision", "recall")]
     cells += ["", _mean_cell(mean["published"], ".1f")]
     if as_published:
-        cells.append(_shown(statistics.mean(PUBLISHED_FID.values()), ".1f"))
+        cells.append(number(statistics.mean(PUBLISHED_FID.values()), ".1f"))
     lines.append(f"| **mean** | {' | '.join(cells)} |")
     words = (
         f"{rules['dataset']} at {rules['image_size']} pixels, {rules['reference_split']} split: "
@@ -196,7 +197,3 @@ def per_class_markdown(record: dict) -> str:
 def _mean_cell(mean: dict, form: str) -> str:
     """The mean, and of how many classes it is one; form: of the value."""
     return "–" if mean["value"] is None else f"{mean['value']:{form}} (n = {mean['classes']})"
-
-
-def _shown(value: float | None, form: str) -> str:
-    return "–" if value is None else f"{value:{form}}"

@@ -338,10 +338,10 @@ def write_ablation_table(rows: list[dict], folder: str | Path) -> None:
         cells = [_cell(row, column) for column in ABLATION]
         if row["note"].startswith("not measured"):
             cells[0] = row["note"]
-        cells[1:1] = [_number(row["difference"], "+.1f")]
+        cells[1:1] = [number(row["difference"], "+.1f")]
         lines.append(
             f"| {row['model']} | {row['ablation']} | {row['what'] or '–'} | {row['seeds']} "
-            f"| {_number(row['images_seen'], ',')} | {' | '.join(cells)} |"
+            f"| {number(row['images_seen'], ',')} | {' | '.join(cells)} |"
         )
     parts = [
         "Ablations: changed settings, each against the same model's preset as it is, its first row "
@@ -407,7 +407,7 @@ def metrics_table(metrics: dict) -> str:
 
 def _measured(metrics: dict, column: Column) -> str:
     """A metric with its standard error or interval within the run, where it has one."""
-    text = _number(_at(metrics, column.path), column.mean_format)
+    text = number(_at(metrics, column.path), column.mean_format)
     error, interval = _at(metrics, column.error), _at(metrics, column.interval)
     if isinstance(error, float):
         text += f" ± {error:{column.sd_format}}"
@@ -417,7 +417,7 @@ def _measured(metrics: dict, column: Column) -> str:
 
 
 def _with_interval(metrics: dict) -> str:
-    text = _number(metrics["frechet_distance"], ".1f")
+    text = number(metrics["frechet_distance"], ".1f")
     if not metrics.get("frechet_interval"):
         return text
     low, high = metrics["frechet_interval"]
@@ -432,7 +432,8 @@ def _at(metrics: dict, path: tuple[str, ...]):
     return value
 
 
-def _number(value: float | None, form: str) -> str:
+def number(value: float | None, form: str) -> str:
+    """A number of a table in Python's format `form`; a dash for one that was not measured."""
     return "–" if value is None else f"{value:{form}}"
 
 
@@ -702,7 +703,7 @@ def _one_table(
         cells = [_cell(row, column) for column in columns]
         if row["note"].startswith("not measured"):
             cells[0] = row["note"]
-        about = {"Images seen": _number(row["images_seen"], ",.0f"), "Stored as": row["stored_as"]}
+        about = {"Images seen": number(row["images_seen"], ",.0f"), "Stored as": row["stored_as"]}
         cells = [*(about[title] or "–" for title in training), *cells]
         text = " | ".join(cells + [row["copies_verdict"] or "–"] * verdict)
         lines.append(f"| {row['model']} | {row['preset'] or '–'} | {seeds} | {text} |")
