@@ -247,8 +247,8 @@ def stratified_folds(data: ImageSet) -> torch.Tensor:
     _require_per_class(data, dict.fromkeys(data.classes, 1))
     folds = torch.empty(len(data), dtype=torch.int64)
     splitter = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
-    for number, (_, rows) in enumerate(splitter.split(data.labels, data.labels.cpu())):
-        folds[torch.from_numpy(rows)] = number
+    for fold, (_, rows) in enumerate(splitter.split(data.labels, data.labels.cpu())):
+        folds[torch.from_numpy(rows)] = fold
     return folds
 
 
@@ -820,7 +820,8 @@ def _arm_table(rows: list[dict], compared: bool = True) -> str:
         cells = [row["classifier"], row["arm"], f"{row['folds']} × {row['seeds']}"]
         cells += [f"{row['n_real']:.0f}", f"{row['n_generated']:.0f}"]
         cells += [
-            f"{number(row[f'{name}_mean'], '.3f')} ± {number(row[f'{name}_sd'], '.3f')}" for name in SCORES
+            " ± ".join(number(row[f"{name}_{part}"], ".3f") for part in ("mean", "sd"))
+            for name in SCORES
         ]
         if compared:
             cells += [_difference_cell(row), _p(row["p_holm"]), row["verdict"] or "–"]
