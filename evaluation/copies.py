@@ -332,7 +332,7 @@ def _k_means(features: torch.Tensor, k: int) -> torch.Tensor:
     """Centres [≤ k, D], float64, of a k-means partition that the rows' order doesn't change.
 
     Lloyd's steps (1982) from centres that hold no draw: the region with the most scatter is cut
-    through its mean, across its leading principal axis, until there are k (Su & Dy 2007, sec. 3).
+    through its mean, across its leading principal axis, until there are k (Su & Dy 2007, PCA-Part).
     Not scikit-learn's: a training on a bare GPU machine has torch, numpy and matplotlib alone.
     """
     features = features.double()
