@@ -756,6 +756,7 @@ class GenerativePipeline:
             "measured": {
                 "sampling_seconds": round(sampling_seconds, 1),
                 "sampled_images": len(held_out),
+                "metrics_version": protocol.METRICS_VERSION,
                 **describe_machine(self.device),
             },
             "metrics": metrics,

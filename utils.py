@@ -14,6 +14,7 @@ import functools
 import gzip
 import hashlib
 import io
+import itertools
 import os
 import random
 import re
@@ -25,6 +26,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from xml.etree import ElementTree
@@ -573,15 +575,16 @@ def split_by_class(source: Path, labels: np.ndarray, classes: tuple[str, ...]) -
 
 
 PATIENTS = "patients.csv"
+DEALINGS = 10_000  # of patients to the splits, tried at most
 
 
 def split_folder(source: Path) -> tuple[list[str], np.ndarray, tuple[str, ...], dict[str, list]]:
     """Names `class/file`, labels and classes of a folder or zip of images, and rows of each split.
 
     7 : 1 : 2 of every class. Where PATIENTS (columns file, patient) lies beside the class
-    sub-folders, all images of a patient lie in one split, and the shares are as near as that
-    allows. Raises InputError for an empty class, one that is too small for three splits, and an
-    image without a patient.
+    sub-folders, all images of a patient lie in one split, and the shares are near to these. Raises
+    InputError for an empty class, one that is too small for three splits, and an image without a
+    patient.
     """
     found = list_classes(source)
     for kind, files in found.items():
@@ -589,73 +592,106 @@ def split_folder(source: Path) -> tuple[list[str], np.ndarray, tuple[str, ...], 
             raise InputError(f"{source}: class sub-folder {kind} is empty; fill or remove it")
     names = [f"{kind}/{file}" for kind, files in found.items() for file, *_ in files]
     labels = np.repeat(np.arange(len(found)), [len(files) for files in found.values()])
-    classes = tuple(found)
-    patient_of = _read_patients(source)
-    if patient_of is None:
-        return names, labels, classes, split_by_class(source, labels, classes)
-    for name in names:
-        if not patient_of.get(name):
-            raise InputError(f"{source}: {PATIENTS} names no patient for {name}; add a line for it")
-    patients = [patient_of[name] for name in names]
-    return names, labels, classes, split_by_patient(source, labels, classes, patients)
+    classes, patient_of = tuple(found), read_patients(source)
+    parts = split_by_class(source, labels, classes)
+    if patient_of is not None:
+        for name in names:
+            if not patient_of.get(name):
+                raise InputError(
+                    f"{source}: {PATIENTS} names no patient for {name}; add a line for it"
+                )
+        patients = [patient_of[name] for name in names]
+        parts = split_by_patient(source, labels, classes, patients)
+    return names, labels, classes, parts
 
 
-def _read_patients(source: Path) -> dict[str, str] | None:
-    """The patient of each file `class/file`; None where there is no PATIENTS."""
+def read_patients(source: Path) -> dict[str, str] | None:
+    """The patient of each file `class/file` of a folder or zip; None where there is no PATIENTS."""
     try:
-        if source.is_dir():
-            data = (source / PATIENTS).read_bytes()
-        else:
-            with _open_zip(source) as archive:
-                members = {_parts(name): name for name in archive.namelist()}
-                places = [parts for parts in members if parts[-1:] == (PATIENTS,)]
-                data = archive.read(members[min(places, key=len)]) if places else None
-    except FileNotFoundError:
-        return None
-    if data is None:
-        return None
-    try:
-        lines = list(csv.DictReader(io.StringIO(data.decode("utf-8-sig")), strict=True))
-        return {line["file"].strip(): line["patient"].strip() for line in lines}
+        data = _read_beside_the_classes(source, PATIENTS)
+        if data is None:
+            return None
+        table = csv.DictReader(io.StringIO(data.decode("utf-8-sig")), strict=True)
+        if not {"file", "patient"} <= set(table.fieldnames or ()):
+            raise KeyError
+        pairs = [(line["file"].strip(), line["patient"].strip()) for line in table]
     except (UnicodeDecodeError, csv.Error, KeyError, AttributeError):
         raise InputError(
             f"{source}: {PATIENTS} can't be read; it needs the columns file and patient, such as "
             "neutrophil/1.png and P07, in UTF-8"
         )
+    except BROKEN_ARCHIVE as error:
+        raise InputError(f"{source}: {PATIENTS} can't be read ({error}); write it anew")
+    patient_of: dict[str, str] = {}
+    for file, patient in pairs:
+        name = file.replace("\\", "/")
+        if patient_of.setdefault(name, patient) != patient:
+            raise InputError(f"{source}: {PATIENTS} names two patients for {name}; leave one")
+    return patient_of
+
+
+def _read_beside_the_classes(source: Path, name: str) -> bytes | None:
+    """The file that lies beside the class sub-folders of a folder or zip, whatever its capitals."""
+    if source.is_dir():
+        paths = [path for path in source.iterdir() if path.name.lower() == name]
+        return paths[0].read_bytes() if paths else None
+    with _open_zip(source) as archive:
+        members = {_parts(member): member for member in archive.namelist()}
+        places = [
+            parts
+            for parts in members
+            if len(parts) <= 2 and parts[-1].lower() == name and not _is_hidden(parts)
+        ]
+        return archive.read(members[min(places, key=len)]) if places else None
 
 
 def split_by_patient(
     source: Path, labels: np.ndarray, classes: tuple[str, ...], patients: list[str]
 ) -> dict[str, list]:
-    """Rows of each split, no patient in two: as near to 7 : 1 : 2 of every class as that allows.
+    """Rows of each split, no patient in two, with shares near to 7 : 1 : 2 of every class.
 
-    Patients are dealt out one by one, the largest first, each to the split that lacks its classes
-    most; of orders drawn with seed 0 the first is taken that leaves no class out of a split. Raises
-    InputError where none of them does.
+    All dealings of patients to splits are tried where there are few patients, else some: patients
+    are dealt out one by one, each to the split that lacks most of its images, the largest first and
+    then in orders drawn with seed 0. Of those that leave no class out of a split the one is taken
+    whose farthest share is nearest. Raises InputError where there is none.
     """
-    rng = np.random.default_rng(0)
     names, owners = np.unique(patients, return_inverse=True)
     counts = np.zeros((len(names), len(classes)))
     np.add.at(counts, (owners, labels), 1)
-    aims = np.array([0.7, 0.1, 0.2])[:, None] * counts.sum(0)
-    for _ in range(100):
-        order = rng.permutation(len(names))
-        order = order[np.argsort(-counts[order].sum(1), kind="stable")]
-        have, split_of = np.zeros_like(aims), np.empty(len(names), int)
+    shares, totals = np.array([0.7, 0.1, 0.2])[:, None], counts.sum(0)
+    best, least = None, np.inf
+    for split_of in _dealings(counts, shares):
+        have = np.stack([counts[split_of == i].sum(0) for i in range(len(SPLITS))])
+        farthest = abs(have / totals - shares).max()
+        if (have > 0).all() and farthest < least:
+            best, least = split_of, farthest
+    if best is None:
+        several = (counts > 0).sum(0)
+        few = f"{classes[several.argmin()]} has {several.min()} patients"
+        raise InputError(
+            f"{source}: no dealing of the patients to training, validation and test was found that "
+            f"leaves every class in each ({few}); add some, leave the class out, or remove "
+            f"{PATIENTS}"
+        )
+    rng = np.random.default_rng(0)
+    rows = {split: np.flatnonzero(best[owners] == i) for i, split in enumerate(SPLITS)}
+    return {split: rng.permutation(some).tolist() for split, some in rows.items()}
+
+
+def _dealings(counts: np.ndarray, shares: np.ndarray) -> Iterator[np.ndarray]:
+    """The split, 0 … 2, of each patient, in many ways. counts: images [patients, classes]."""
+    if len(SPLITS) ** len(counts) <= DEALINGS:
+        yield from map(np.array, itertools.product(range(len(SPLITS)), repeat=len(counts)))
+        return
+    rng, aims, totals = np.random.default_rng(0), shares * counts.sum(0), counts.sum(0)
+    for attempt in range(max(20, DEALINGS // len(counts))):
+        order = rng.permutation(len(counts)) if attempt else np.argsort(-counts.sum(1))
+        have, split_of = np.zeros_like(aims), np.empty(len(counts), int)
         for patient in order:
-            lacking = (aims - have) / aims  # 1: all of a class, below 0: too many already
+            lacking = (aims - have) / totals
             split_of[patient] = (lacking * counts[patient]).sum(1).argmax()
             have[split_of[patient]] += counts[patient]
-        if (have > 0).all():
-            rows = {split: np.flatnonzero(split_of[owners] == i) for i, split in enumerate(SPLITS)}
-            return {split: rng.permutation(some).tolist() for split, some in rows.items()}
-    several = (counts > 0).sum(0)
-    few = classes[several.argmin()]
-    raise InputError(
-        f"{source}: the patients can't be dealt to training, validation and test with every class "
-        f"in each ({few} has {several.min()} patients); add some, leave the class out, or remove "
-        f"{PATIENTS}"
-    )
+        yield split_of
 
 
 def _load_folder(root: Path, size: int, split: str):

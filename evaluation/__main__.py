@@ -78,7 +78,8 @@ def main(arguments: list[str] | None = None) -> None:
                 "the domain extractor knows the train split, which is the reference here; give "
                 "--reference bloodmnist-28-domain, or another extractor"
             )
-        size = options.image_size or USUAL_SIZE[options.reference.partition(":")[0]]
+        usual = USUAL_SIZE[options.reference.partition(":")[0]]
+        size = usual if options.image_size is None else options.image_size
         sets = {
             split: load_dataset(options.reference, options.data_root, size, split)
             for split in ("train", "val", "test", "held_out")

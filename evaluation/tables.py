@@ -148,6 +148,7 @@ def results_table(records: list[dict], floor: dict | None = None) -> list[dict]:
     metrics = [record["metrics"] for record in records] + ([floor] if floor else [])
     _check_same_protocol(metrics)
     _check_same_protocol([m["domain"] for m in metrics if "domain" in m])
+    _check_same_metrics(records)
 
     groups = defaultdict(list)
     for record in records:
@@ -483,6 +484,17 @@ def _check_same_protocol(metrics: list[dict]) -> None:
                 f"numbers under different protocols cannot share a table ({fields}); "
                 "make one table for each"
             )
+
+
+def _check_same_metrics(records: list[dict]) -> None:
+    """Refuse records of two versions of the metrics: one name, two numbers."""
+    of_version = {record.get("measured", {}).get("metrics_version"): record for record in records}
+    if len(of_version) > 1:
+        runs = [f"{r['model']} {r['preset']} seed {r['seed']}" for r in of_version.values()]
+        raise InputError(
+            f"{' and '.join(runs)} were measured by different versions of the metrics; measure the "
+            "older ones again (the command that trained them does so)"
+        )
 
 
 def _check_trainings(name: str, group: list[dict]) -> None:

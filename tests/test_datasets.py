@@ -88,8 +88,9 @@ def test_a_class_too_small_for_three_splits_is_bad_input(bad_input):
 
 
 def owners(rng: np.random.Generator, labels: np.ndarray, n: int) -> list[str]:
-    """n patients, each with images of any class."""
-    return [f"P{owner}" for owner in rng.permutation(np.arange(len(labels)) % n)]
+    """n patients, some with many images, some with few, of any class."""
+    shares = rng.dirichlet(np.full(n, 2.0))
+    return [f"P{owner}" for owner in rng.choice(n, len(labels), p=shares)]
 
 
 @given(
@@ -107,6 +108,25 @@ def test_no_patient_is_in_two_splits(counts, n, seed):
         assert (np.bincount(labels[parts[split]], minlength=len(counts)) >= 1).all()
         assert abs(len(parts[split]) / len(labels) - share) < 0.15
     assert parts == split_by_patient(Path("x"), labels, classes, patients)
+
+
+def dealt(counts: list[list[int]]) -> list[list[int]]:
+    """Images of each class in each split. counts: those of each patient."""
+    labels = [label for row in counts for label, n in enumerate(row) for _ in range(n)]
+    patients = [f"P{patient}" for patient, row in enumerate(counts) for _ in range(sum(row))]
+    classes = tuple("abcd"[: len(counts[0])])
+    parts = split_by_patient(Path("x"), np.array(labels), classes, patients)
+    rows = [np.array(labels)[parts[split]] for split in SPLITS]
+    return [np.bincount(some, minlength=len(classes)).tolist() for some in rows]
+
+
+def test_patients_are_dealt_as_near_to_7_1_2_as_can_be():
+    assert dealt([[7], [1], [2]]) == dealt([[2], [7], [1]]) == [[7], [1], [2]]
+    assert dealt([[30], [25], *[[5]] * 9]) == [[70], [10], [20]]
+    many = dealt([[60], [30], *[[1]] * 110])
+    assert many == [[140], [20], [40]]
+    # Only one dealing leaves both classes in every split.
+    assert dealt([[11, 11], [11, 2], [0, 6], [2, 2]]) == [[11, 17], [2, 2], [11, 2]]
 
 
 def test_a_class_of_too_few_patients_is_bad_input(bad_input):
@@ -272,6 +292,29 @@ def test_patients_of_a_folder_or_zip_stay_together(around, tmp_path):
         assert part.labels.tolist() == labels[parts[split]].tolist()
 
 
+def test_a_list_of_patients_is_found_whatever_its_capitals_and_slashes(tmp_path):
+    files = {f"{kind}/{n}.png": png((20 * n, 9, 9)) for kind in ("cat", "dog") for n in range(12)}
+    lines = [f"{name},P{n % 12 // 2}" for n, name in enumerate(files)]
+    text = "\n".join(["file,patient", *lines])
+    plain = write_folder(tmp_path / "a", files | {PATIENTS: text.encode()})
+    other = {"Patients.CSV": text.replace("/", "\\").encode()}
+    hidden = {"__MACOSX/patients.csv": b"x", ".old/patients.csv": b"x", "cat/.patients.csv": b"x"}
+    expected = split_folder(plain)[3]
+    assert split_folder(write_folder(tmp_path / "b", files | other))[3] == expected
+    assert split_folder(write_zip(tmp_path / "c.zip", hidden | files | other))[3] == expected
+    without = split_folder(write_zip(tmp_path / "d.zip", hidden | files))[3]
+    assert without == split_folder(write_folder(tmp_path / "d", files))[3] != expected
+
+
+def test_a_damaged_list_of_patients_in_a_zip_is_bad_input(tmp_path, bad_input):
+    path = write_zip(tmp_path / "z.zip", FILES)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(PATIENTS, b"file,patient\na/0.PNG,P1\n")
+    path.write_bytes(path.read_bytes().replace(b"a/0.PNG,P1", b"a/0.PNG,P2"))
+    with bad_input("z.zip", PATIENTS, "can't be read"):
+        split_folder(path)
+
+
 @pytest.mark.parametrize(
     "data, words",
     [
@@ -279,7 +322,8 @@ def test_patients_of_a_folder_or_zip_stay_together(around, tmp_path):
         (b"image,patient\na/0.PNG,P1\n", "columns file and patient"),
         (b"file,patient\na/0.PNG\n", "columns file and patient"),
         (b"file,patient\n\xff,P1\n", "in UTF-8"),
-        (b"", "names no patient for"),
+        (b"", "columns file and patient"),
+        (b"file,patient\na/0.PNG,P1\na\\0.PNG,P2\n", "names two patients for a/0.PNG"),
     ],
 )
 def test_patients_that_cannot_be_read_are_bad_input(data, words, folder, bad_input):
