@@ -274,12 +274,16 @@ def _tasks(
     return tasks
 
 
-def _compare_task(options: argparse.Namespace) -> Task:
-    config = make_config(options.models[0], options.preset or "baseline", **options.settings)
+def _compare_task(options: argparse.Namespace, records: list[dict]) -> Task:
+    """The comparison of the runs of the suite, or of those that these records are of."""
+    if records:
+        size = records[0]["config"]["image_size"]
+    else:
+        size = make_config(options.models[0], options.preset, **options.settings).image_size
     parameters = {
         "results": _portable(options.out),
         "dataset": options.dataset,
-        "image_size": config.image_size,
+        "image_size": size,
         "out": _portable(options.out),
     }
     return Task("comparison", COMPARE, options.out / COMPARE.name, parameters)
@@ -491,11 +495,8 @@ def report_study(options: argparse.Namespace) -> list[tuple[Path, str]]:
 # ---------------------------------------------------------------------------------------------
 
 
-def remeasure(options: argparse.Namespace) -> dict[str, str]:
-    """Measure every run's kept weights with the extractor that was asked for.
-
-    Returns the causes of those that failed, by the run's name.
-    """
+def records_to_remeasure(options: argparse.Namespace) -> list[dict]:
+    """The records of all runs, or of those that were asked for, of one image size."""
     source = Path(options.remeasure).resolve()
     records = collect(source / "runs")
     if not records:
@@ -506,8 +507,22 @@ def remeasure(options: argparse.Namespace) -> dict[str, str]:
             f"none of the {len(records)} records in {source / 'runs'} is of the models, preset, "
             "seeds and data set asked for; leave out one of these options"
         )
-    failures = {}
-    for record in chosen:
+    sizes = sorted({record["config"]["image_size"] for record in chosen})
+    if len(sizes) > 1:
+        raise InputError(
+            f"the runs in {source} have images of {' and '.join(map(str, sizes))} pixels, which "
+            "share no table; name the --models or the --preset of one size"
+        )
+    return chosen
+
+
+def remeasure(options: argparse.Namespace, records: list[dict]) -> dict[str, str]:
+    """Measure the runs' kept weights with the extractor that was asked for.
+
+    Returns the causes of those that failed, by the run's name.
+    """
+    source, failures = Path(options.remeasure).resolve(), {}
+    for record in records:
         name = f"{record['model']} {record['preset']} seed {record['seed']}"
         try:
             print(f"{name}: {_remeasure_run(record, source, options)}", flush=True)
@@ -852,10 +867,11 @@ def main(arguments: list[str] | None = None) -> int:
         ablation_records(options)  # a run of other settings is told now, not after the trainings
         done, to_do = plan(ablation_tasks(options))
     else:
-        comparison = _compare_task(options)
+        records = records_to_remeasure(options) if options.remeasure else []
+        comparison = _compare_task(options, records)
         _check_parameters(comparison)
         if options.remeasure:
-            failures = remeasure(options)
+            failures = remeasure(options, records)
             cause = Runner(jobs=1).execute(comparison)
             if cause:
                 failures[comparison.name] = cause

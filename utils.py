@@ -229,6 +229,11 @@ def sha256_of(images: torch.Tensor) -> str:
     return hashlib.sha256(images.contiguous().numpy()).hexdigest()
 
 
+def data_folder(root: str | Path | None = None) -> Path:
+    """The folder with the data sets: `root`, else $DATA_ROOT, else data/ beside this file."""
+    return Path(root or os.environ.get("DATA_ROOT") or Path(__file__).parent / "data").expanduser()
+
+
 def load_dataset(
     name: str, root: str | Path | None = None, size: int = 28, split: str = "train"
 ) -> ImageSet:
@@ -256,7 +261,7 @@ def load_dataset(
         raise InputError(f"unknown split {split!r}; known are {', '.join(SPLITS)}, held_out")
     if size < 1:
         raise InputError(f"image size {size} is not positive")
-    root = Path(root or os.environ.get("DATA_ROOT") or Path(__file__).parent / "data").expanduser()
+    root = data_folder(root)
     label, images, labels, classes = LOADERS[kind](root, size, split, *attribute)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise InputError(

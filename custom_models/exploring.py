@@ -8,7 +8,6 @@ import copy
 import dataclasses
 import json
 import math
-import os
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from custom_models.drawing import SAMPLE_BATCH, derive_seed
 from custom_models.jpeg_vae import logistic_noise
 from evaluation.copies import inverse_turn, nearest_over_turns, turned
-from utils import ImageSet, InputError, load_dataset, to_uint8
+from utils import ImageSet, InputError, data_folder, load_dataset, to_uint8
 
 SAMPLES = 512  # that directions are fitted to
 
@@ -156,8 +155,7 @@ def real_cells(path: Path, about: dict, data_root: str | Path | None) -> dict[st
     where the data there is another.
     """
     record = path.with_suffix(".json")
-    root = Path(data_root or os.environ.get("DATA_ROOT") or Path(__file__).parents[1] / "data")
-    root = root.expanduser()
+    root = data_folder(data_root)
     if not record.is_file():
         raise InputError(f"{record.name} is missing, which names the data set; get it anew")
     if not root.exists():

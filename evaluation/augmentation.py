@@ -27,7 +27,17 @@ from evaluation import classification, figures, significance
 from evaluation.copies import TURNS, turned
 from evaluation.neighbours import distances
 from evaluation.tables import mean_and_sd, number, write_rows
-from utils import SPLITS, ImageSet, InputError, load_dataset, seed_everything, write_text
+from utils import (
+    PATIENTS,
+    SPLITS,
+    ImageSet,
+    InputError,
+    data_folder,
+    load_dataset,
+    read_patients,
+    seed_everything,
+    write_text,
+)
 
 # Part of every record's identity. Raise it with any change that alters what an arm gives.
 VERSION = 1
@@ -210,12 +220,19 @@ def make_fold(study: Study, number: int, data_root: str | Path | None = None) ->
 
     Folds are stratified and drawn with seed 0: they are the same for every seed of a study. The
     test cells of `bccd` are a fifth of each class; those of `imbalance` are the test split, whole.
-    Raises InputError for classes that are too small and class names that the data doesn't have.
+    Raises InputError for classes that are too small, class names that the data doesn't have, and
+    for `bccd` on a folder whose patients are known, since its folds would mix them.
     """
     if number not in range(FOLDS):
         raise InputError(f"fold {number} is none of 0 to {FOLDS - 1}")
     everything = load(study, data_root)
     if study.name == "bccd":
+        if study.dataset == "folder" and read_patients(data_folder(data_root)) is not None:
+            raise InputError(
+                f"{data_folder(data_root)}: the folds of bccd are drawn by image, and would put a "
+                f"patient of {PATIENTS} on both sides; take the study imbalance, which keeps the "
+                "splits, or take that file away"
+            )
         rows = stratified_folds(everything)
         test_rows = torch.nonzero(rows == number).flatten()
         train_rows = torch.nonzero(rows != number).flatten()

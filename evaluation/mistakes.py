@@ -10,7 +10,6 @@ images of a generator are called by notebooks/how_to_read_the_numbers.ipynb.
 import functools
 import io
 import json
-import os
 import statistics
 import time
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from utils import (
     ImageSet,
     InputError,
     OneSentenceParser,
+    data_folder,
     exit_on_bad_input,
     find_pbc,
     list_pbc,
@@ -123,7 +123,7 @@ def load_setup(
     data_root: as in `utils.load_dataset`; extractor: as in `features.load_extractor`. Raises
     InputError where there are too few held-out cells for the network.
     """
-    data_root = Path(data_root or os.environ.get("DATA_ROOT") or ROOT / "data").expanduser()
+    data_root = data_folder(data_root)
     train, held_out = (
         load_dataset("bloodmnist", data_root, 28, split) for split in ("train", "held_out")
     )

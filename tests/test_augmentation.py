@@ -8,6 +8,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import stats
 
 import run_suite
@@ -103,6 +104,19 @@ def test_five_folds_test_every_cell_once(data_root):
 
 
 @pytest.mark.parametrize("size", [12, 13])  # 13 has no equal squares: means of whole images
+def test_folds_that_would_part_a_patient_are_refused(tmp_path, bad_input):
+    for kind in ("cat", "dog"):
+        for number in range(12):
+            (tmp_path / kind).mkdir(exist_ok=True)
+            Image.new("RGB", (9, 9), (20 * number, 9, 9)).save(tmp_path / kind / f"{number}.png")
+    study = augmentation.make_study("bccd", dataset="folder", image_size=8)
+    augmentation.make_fold(study, 0, tmp_path)
+    lines = [f"{kind}/{n}.png,P{n // 2}" for kind in ("cat", "dog") for n in range(12)]
+    (tmp_path / "patients.csv").write_text("\n".join(["file,patient", *lines]))
+    with bad_input(str(tmp_path), "would put a patient", "the study imbalance"):
+        augmentation.make_fold(study, 0, tmp_path)
+
+
 def test_near_copies_in_all_turns(size):
     images, others = random_images(20, size), random_images(30, size, seed=1)
     assert augmentation.near_copies(images, others) == []

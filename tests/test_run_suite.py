@@ -1,5 +1,6 @@
 """The whole suite at one epoch on the demo cells, with what can go wrong in it."""
 
+import argparse
 import dataclasses
 import json
 import os
@@ -188,6 +189,57 @@ def test_measuring_anew_does_not_overwrite_what_it_reads(tmp_path, bad_input):
         run_suite.main([*QUICK, "--remeasure", str(tmp_path), "--out", str(tmp_path)])
     with bad_input("holds no record"):
         run_suite.main([*QUICK, "--remeasure", str(tmp_path), "--out", str(tmp_path / "new")])
+
+
+def options_of(*more: str) -> argparse.Namespace:
+    options = run_suite.parse_arguments(["--remeasure", "x", "--device", "cpu", *more])
+    run_suite.check(options)
+    return options
+
+
+@pytest.mark.parametrize(
+    "more, expected",
+    [
+        ((), {"baseline 0", "baseline 3", "quick 1"}),
+        (("--preset", "quick"), {"quick 1"}),
+        (("--preset", "baseline", "--seeds", "1"), {"baseline 0"}),
+        (("--seeds", "2"), {"baseline 0", "quick 1"}),
+        (("--models", "dcgan"), set()),
+        (("--dataset", "demo"), {"baseline 7"}),
+    ],
+)
+def test_runs_to_measure_anew_are_those_that_the_options_leave(more, expected):
+    runs = [("baseline", 0), ("baseline", 3), ("quick", 1), ("baseline", 7)]
+    records = [
+        {
+            **{"model": "cvae", "preset": preset, "seed": seed},
+            "dataset": {"source": "demo" if seed == 7 else "bloodmnist"},
+        }
+        for preset, seed in runs
+    ]
+    options = options_of(*more)
+    found = {f"{r['preset']} {r['seed']}" for r in records if run_suite._is_asked_for(r, options)}
+    assert found == expected
+
+
+def test_the_comparison_of_runs_measured_anew_has_their_image_size(monkeypatch, bad_input):
+    def records(*sizes: int) -> list[dict]:
+        return [
+            {
+                **{"model": "cwgan_gp", "preset": "best_small", "seed": seed},
+                **{"dataset": {"source": "pbc"}, "config": {"image_size": size}},
+            }
+            for seed, size in enumerate(sizes)
+        ]
+
+    options = options_of("--dataset", "pbc")
+    monkeypatch.setattr(run_suite, "collect", lambda _: records(64, 64))
+    chosen = run_suite.records_to_remeasure(options)
+    assert len(chosen) == 2
+    assert run_suite._compare_task(options, chosen).parameters["image_size"] == 64
+    monkeypatch.setattr(run_suite, "collect", lambda _: records(128, 64))
+    with bad_input("64 and 128 pixels", "of one size"):
+        run_suite.records_to_remeasure(options)
 
 
 def test_measuring_anew_takes_only_what_fits_the_options(second, tmp_path, bad_input):
