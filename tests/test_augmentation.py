@@ -103,7 +103,6 @@ def test_five_folds_test_every_cell_once(data_root):
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [12, 13])  # 13 has no equal squares: means of whole images
 def test_folds_that_would_part_a_patient_are_refused(tmp_path, bad_input):
     for kind in ("cat", "dog"):
         for number in range(12):
@@ -117,6 +116,7 @@ def test_folds_that_would_part_a_patient_are_refused(tmp_path, bad_input):
         augmentation.make_fold(study, 0, tmp_path)
 
 
+@pytest.mark.parametrize("size", [12, 13])  # 13 has no equal squares: means of whole images
 def test_near_copies_in_all_turns(size):
     images, others = random_images(20, size), random_images(30, size, seed=1)
     assert augmentation.near_copies(images, others) == []
