@@ -16,7 +16,8 @@ RUN := $(VENV)/bin/python
 
 help:
 	@echo "make demo       four models, two seeds (SEEDS=), drawn cells -> results/demo"
-	@echo "make suite      four models, five seeds (SEEDS=), BloodMNIST -> results"
+	@echo "make suite      four models, five seeds (SEEDS=), BloodMNIST -> results (OUT=); another"
+	@echo "                extractor or file than the kept runs' needs OUT="
 	@echo "                narrow it with MODELS=\"cvae dcgan\" PRESET= EXTRACTOR= DATA_ROOT= JOBS= OUT="
 	@echo "make ablations  changed settings against each preset, three seeds (SEEDS=)"
 	@echo "                -> results/ablations; GRID=published or best, MODELS= narrows it"
