@@ -535,3 +535,16 @@ def test_bad_arguments(arguments, words, monkeypatch, capsys):
     assert run_here(monkeypatch, *arguments) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and words in err
+
+
+# ---------------------------------------------------------------------------------------------
+# Those that come with the project
+# ---------------------------------------------------------------------------------------------
+
+
+def test_kept_checkpoints_and_their_cards_are_those_of_the_kept_runs(tmp_path):
+    kept = ROOT / "results" / "checkpoints"
+    checkpoints.ship_all(ROOT / "results", tmp_path)
+    assert sorted(os.listdir(tmp_path)) == sorted(os.listdir(kept))
+    for path in tmp_path.iterdir():
+        assert (kept / path.name).read_bytes() == path.read_bytes(), path.name
