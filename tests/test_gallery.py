@@ -25,7 +25,7 @@ def links(text: str) -> list[str]:
 @pytest.fixture
 def results(tmp_path) -> Path:
     """Two seeds of one run in full, one run at a reduced budget, all from kept records."""
-    for run, seed in (("cvae-baseline", 0), ("cvae-baseline", 1), ("ddpm-small", 0)):
+    for run, seed in (("cvae-baseline", 0), ("cvae-baseline", 1), ("ddpm-best_small", 0)):
         source = RESULTS / "runs" / run / f"seed{seed}"
         folder = tmp_path / "results" / "runs" / run / f"seed{seed}"
         folder.mkdir(parents=True)
@@ -103,14 +103,14 @@ def test_the_first_seed_is_shown_and_the_others_are_links(results):
 
 def test_a_reduced_run_without_enough_seeds_shows_no_numbers(results):
     text = gallery.gallery(results)
-    section = text.partition("## ddpm small")[2]
-    folder = results / "runs" / "ddpm-small" / "seed0"
+    section = text.partition("## ddpm best_small")[2]
+    folder = results / "runs" / "ddpm-best_small" / "seed0"
     for name in gallery.OF_MEASURED:
         (folder / name).write_bytes(b"distances")
     assert gallery.gallery(results) == text
     assert "Numbers: not measured (1 of 3 seeds)" in section
-    assert f"{value(results, 'ddpm-small', 0):.1f}" not in text
-    assert "![ddpm small, seed 0: samples](runs/ddpm-small/seed0/samples.png)" in section
+    assert f"{value(results, 'ddpm-best_small', 0):.1f}" not in text
+    assert "![ddpm best_small, seed 0: samples](runs/ddpm-best_small/seed0/samples.png)" in section
 
 
 def test_what_is_missing_is_left_out(results):
