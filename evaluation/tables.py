@@ -694,8 +694,8 @@ TRUST_WORDS = {
     "authpct": "AuthPct: share of images not closer to a training cell than its nearest "
     "neighbour, in %; less than real cells' means copying, or blur.",
     "ct": "C_T: below real cells' where images lie nearer to training cells than real ones do, by "
-    "copying or by blur; with 8 to 12 regions instead of 10 real cells' moves by 0.1, a generator's "
-    "by up to a quarter, or 0.6.",
+    "copying or by blur; with 8 to 12 regions instead of 10 real cells' moves by 0.1, a "
+    "generator's by up to a quarter, or 0.6.",
 }
 
 
