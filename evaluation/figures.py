@@ -589,7 +589,7 @@ def real_and_generated_by_class(
 ) -> Figure:
     """Real cells beside generated ones, a row a class, with the class's distances at its side.
 
-    record: of `per_class.evaluate_per_class`; real: cells that no model has seen; images: uint8
+    record: of `per_class.evaluate_per_class`; real: held-out cells; images: uint8
     [N, C, S, S], drawn for labels [N]. The first ones of each class are shown, not chosen ones.
     """
     rows, names = record["per_class"], []
