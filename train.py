@@ -124,7 +124,7 @@ def parse_training(arguments: list[str]) -> tuple[argparse.Namespace, dict]:
     run.add_argument(
         "--precision",
         metavar="NAME",
-        help="float32 or bfloat16 (bfloat16 on CUDA, float32 on a CPU)",
+        help="float32 or bfloat16 (bfloat16 on CUDA, float32 on a CPU); few CPUs are fast in it",
     )
     run.add_argument(
         "--compile", action="store_true", help="compile the networks (gains on CUDA only)"

@@ -324,6 +324,18 @@ def test_no_update_is_computed_from_weights_of_before_another(make):
     assert torch.is_autocast_cache_enabled()
 
 
+def test_a_cpu_trains_in_bfloat16_where_it_is_asked_to(make, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    pipeline, seen = make("ddpm", precision="bfloat16"), set()
+    for layer in pipeline.model.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.register_forward_hook(lambda layer, inputs, output: seen.add(output.dtype))
+    pipeline.train()
+    assert seen == {torch.bfloat16}
+    assert {p.dtype for p in pipeline.model.parameters()} == {torch.float32}
+    assert pipeline.evaluate()["precision"] == "bfloat16"
+
+
 @given(st.integers(0, 2**70), st.text(max_size=5), st.integers(0, 2**40))
 def test_derived_seeds_fit_torch_and_differ(seed, purpose, step):
     value = derive_seed(seed, purpose, step)

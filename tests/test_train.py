@@ -124,7 +124,6 @@ BAD = {
     "data given twice": (["--data_dir", "cells"], "leave --dataset, --data_root out"),
     "resuming nothing": (["--resume"], "there is no checkpoint at"),
     "unknown precision": (["--precision", "half"], "unknown precision 'half'"),
-    "bfloat16 on a CPU": (["--precision", "bfloat16"], "13 times slower"),
     "unknown data set": (["--dataset", "cats"], "unknown data set 'cats'"),
     "missing data": (["--dataset", "pbc", "--data-root", "none"], "PBC_dataset_normal_DIB"),
     "unknown device": (["--device", "abacus"], "unknown device 'abacus'"),
@@ -312,6 +311,17 @@ def test_the_usual_precision_is_the_device_s(native, usual, monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert (pick_precision(None, cpu), pick_precision(None, cuda)) == ("float32", usual)
     assert pick_precision("float32", cuda) == "float32"
+
+
+def test_bfloat16_on_a_cpu_takes_instructions_of_its_own(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("avx512_bf16", "amx_bf16"):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=name: {name: True})
+        assert pick_precision("bfloat16", torch.device("cpu")) == "bfloat16"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True})
+    code = run_here([*command, "--precision", "bfloat16"], monkeypatch)
+    check_refusal(code, *capsys.readouterr(), "no bfloat16 instructions")
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---------------------------------------------------------------------------------------------
