@@ -665,6 +665,7 @@ def recalls(rows: list[dict]) -> Figure:
             offset = 0.5 * (number / len(rows) - 0.5)
             sds = [row[f"recall {kind}_sd"] or 0 for kind in kinds]
             label, colour = f"{row['model']} {row['preset']}", COLOURS[(number - 1) % len(COLOURS)]
+            label += ", reduced" if row["budget"] == "reduced" else ""
             axis.errorbar(places + offset, means, sds, fmt="o", color=colour, label=label)
         axis.set_xticks(places, kinds, rotation=35, ha="right", rotation_mode="anchor")
         axis.set_ylim(0, 1.03)

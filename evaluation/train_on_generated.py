@@ -135,7 +135,8 @@ def compare(runs: list[tuple[dict, dict]]) -> list[dict]:
     rows = [_row(REAL, "", list(one_of_each.values()), [])]
     for (model, preset), group in groups.items():
         reverse = [record["metrics"]["agreement"]["agreement"] for record, _ in group]
-        rows.append(_row(model, preset, [found["generated"] for _, found in group], reverse))
+        row = _row(model, preset, [found["generated"] for _, found in group], reverse)
+        rows.append(row | {"budget": group[0][0]["budget"]})
     data, first = runs[0][0]["dataset"], runs[0][1]
     shared = {name: first[name] for name in names}
     shared |= {"dataset": data["name"], "duplicates": data["duplicates_across_splits"]}
@@ -147,7 +148,7 @@ def _row(model: str, preset: str, scores: list[dict], reverse: list[float]) -> d
     columns = {name: [s[name] for s in scores] for name in SCORES} | {"agreement": reverse}
     for kind in scores[0]["per_class"]:
         columns[f"recall {kind}"] = [s["per_class"][kind]["recall"] for s in scores]
-    row = {"model": model, "preset": preset, "seeds": len(scores)}
+    row = {"model": model, "preset": preset, "budget": "full", "seeds": len(scores)}
     for name, values in columns.items():
         row |= mean_and_sd(name, values)
     return row
@@ -163,18 +164,8 @@ def write_report(runs: list[tuple[dict, dict]], stem: str | Path) -> list[Path]:
 
 def markdown(rows: list[dict]) -> str:
     first = rows[0]
-    titles = ["Trained on", "Trainings", *TITLES, "The reverse"]
-    lines = [f"| {' | '.join(titles)} |", "|---|" + "---:|" * (len(titles) - 1)]
-    for row in rows:
-        cells = [_name(row), str(row["seeds"])]
-        cells += [_cell(row, name) for name in (*SCORES, "agreement")]
-        lines.append(f"| {' | '.join(cells)} |")
     columns = [n for n in first if n.startswith("recall ") and n.endswith("_mean")]
     kinds = [name.removeprefix("recall ").removesuffix("_mean") for name in columns]
-    recalls = [f"| Trained on | {' | '.join(kinds)} |", "|---|" + "---:|" * len(kinds)]
-    for row in rows:
-        cells = [_cell(row, f"recall {kind}") for kind in kinds]
-        recalls.append(f"| {_name(row)} | {' | '.join(cells)} |")
     words = (
         f"{first['dataset']}: the classifier ({first['classifier']}, {first['updates']:,} updates "
         f"of {first['batch_size']} images, no augmentation) learns from {first['n']:,} "
@@ -185,11 +176,31 @@ def markdown(rows: list[dict]) -> str:
         "cells names the class that was asked for. Mean ± sd over trainings of the generator; of "
         "real cells, over the first weights of the classifier, before the same cells."
     )
-    return "\n".join([*lines, "", words, "", "Recall of each class:", "", *recalls]) + "\n"
+    text = ""
+    for budget in ("full", "reduced"):
+        group = [row for row in rows[1:] if row["budget"] == budget]
+        if not group:
+            continue
+        if budget == "reduced":
+            text += "Generators at a reduced budget, which never share a table with full ones:\n\n"
+        group = [first, *group]
+        titles = ["Trainings", *TITLES, "The reverse"]
+        cells = [
+            [str(row["seeds"]), *(_cell(row, name) for name in (*SCORES, "agreement"))]
+            for row in group
+        ]
+        text += _table(titles, group, cells) + f"\n{words}\n\nRecall of each class:\n\n"
+        cells = [[_cell(row, f"recall {kind}") for kind in kinds] for row in group]
+        text += _table(kinds, group, cells) + "\n"
+    return text.removesuffix("\n")
 
 
-def _name(row: dict) -> str:
-    return f"{row['model']} {row['preset']}".strip()
+def _table(titles: list[str], rows: list[dict], cells: list[list[str]]) -> str:
+    lines = [f"| Trained on | {' | '.join(titles)} |", "|---|" + "---:|" * len(titles)]
+    for row, texts in zip(rows, cells, strict=True):
+        name = f"{row['model']} {row['preset']}".strip()
+        lines.append(f"| {name} | {' | '.join(texts)} |")
+    return "\n".join(lines) + "\n"
 
 
 def _cell(row: dict, name: str) -> str:

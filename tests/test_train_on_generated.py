@@ -90,6 +90,18 @@ def test_the_table_is_made_from_records(tmp_path):
     text = paths[0].read_text()
     assert "| cvae best | 2 | 0.300 ± 0.141 |" in text
     assert "10 images" in text and "4 real cells" in text and "2 identical pairs" in text
+    assert "reduced" not in text
+
+
+def test_reduced_budgets_have_a_table_of_their_own():
+    runs = [made_run("cvae", 0, 0.2), *(made_run("ddpm", i, 0.8, "reduced") for i in range(3))]
+    text = module.markdown(compare(runs))
+    full, reduced = text.split("Generators at a reduced budget")
+    assert "cvae best" in full and "ddpm" not in full
+    assert "ddpm best" in reduced and "cvae" not in reduced
+    for part in (full, reduced):
+        assert part.count("| real cells | ") == 2 and "10 images" in part
+    assert text.endswith("|\n") and "reduced" not in module.markdown(compare(runs[:1]))
 
 
 def test_what_was_measured_otherwise_is_refused(bad_input):
