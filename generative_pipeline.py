@@ -788,7 +788,7 @@ def pick_precision(name: str | None, device: torch.device) -> str:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return name or ("bfloat16" if native else "float32")
-    if name == "bfloat16" and not _has_bfloat16_instructions():
+    if name == "bfloat16" and not has_bfloat16_instructions():
         raise InputError(
             "this CPU has no bfloat16 instructions (AVX512-BF16 or AMX), without which bfloat16 is "
             "many times slower than float32; use float32"
@@ -796,7 +796,8 @@ def pick_precision(name: str | None, device: torch.device) -> str:
     return name or "float32"
 
 
-def _has_bfloat16_instructions() -> bool:
+def has_bfloat16_instructions() -> bool:
+    """Whether this CPU multiplies in bfloat16 by itself, about twice as fast as in float32."""
     capabilities = torch.cpu.get_capabilities()
     return capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
 
