@@ -300,8 +300,7 @@ def sample(arguments: list[str]) -> None:
         print(out)
         return
     data = load_dataset(*find_data(options), about["config"]["image_size"])
-    counts = data.labels.bincount(minlength=len(data.classes)).tolist()
-    drawn = fill_up(model, about, out, dict(zip(data.classes, counts)), seed)
+    drawn = fill_up(model, about, out, data, seed)
     print(f"{', '.join(f'{name} +{n}' for name, n in drawn.items())} → {out}")
 
 

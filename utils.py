@@ -499,7 +499,7 @@ def resize_images(
     file that is no whole image, too large for Pillow's limit or smaller than its crop.
     """
     images = np.empty((len(names), size, size, 3), np.uint8)
-    highest = 0  # of all 16-bit pixels
+    highest = brightest = 0  # of all 16-bit pixels; of all pixels in 8 bits
     opened = contextlib.nullcontext() if source.is_dir() else _open_zip(source)
     with opened as archive, warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -511,6 +511,8 @@ def resize_images(
                 image = Image.open(io.BytesIO(data))
                 if image.mode.startswith("I"):
                     highest = max(highest, image.getextrema()[1])
+                if image.format == "TIFF" and image.n_frames > 1:
+                    raise ValueError(f"it holds {image.n_frames} pages; save the one that counts")
                 image = to_rgb(image)
             except (Image.DecompressionBombWarning, Image.DecompressionBombError):
                 limit = f"{Image.MAX_IMAGE_PIXELS:,}"
@@ -518,6 +520,7 @@ def resize_images(
             except Exception as error:  # a damaged file raises nearly anything
                 reason = "no image" if isinstance(error, UnidentifiedImageError) else error
                 raise InputError(f"{source}: image {name} cannot be read ({reason}); get it anew")
+            brightest = max(brightest, *(high for _, high in image.getextrema()))
             box = boxes[row] if boxes else _middle(image, crop or min(image.size))
             if min(box[:2]) < 0 or box[2] > image.width or box[3] > image.height:
                 least = "its annotation says" if boxes else f"{crop}×{crop} pixels"
@@ -527,6 +530,11 @@ def resize_images(
         raise InputError(
             f"{source}: the 16-bit images use 0 to {highest} of 65,535 alone, as cameras of 12 "
             "bits or fewer write them, and would be nearly black; convert them to 8 bits"
+        )
+    if 0 < brightest <= TWELVE_BITS >> 8:  # Pillow keeps the upper half of 16-bit colours
+        raise InputError(
+            f"{source}: the images are nearly black, {brightest} of 255 at most, as 16-bit colours "
+            "of a camera of 12 bits are read; convert them to 8 bits"
         )
     return images
 
@@ -580,6 +588,7 @@ def split_by_class(source: Path, labels: np.ndarray, classes: tuple[str, ...]) -
 
 
 PATIENTS = "patients.csv"
+SYNTHETIC = "synthetic_"  # begins the names of images that fill up a class
 DEALINGS = 10_000  # of patients to the splits, tried at most
 
 
@@ -588,14 +597,20 @@ def split_folder(source: Path) -> tuple[list[str], np.ndarray, tuple[str, ...], 
 
     7 : 1 : 2 of every class. Where PATIENTS (columns file, patient) lies beside the class
     sub-folders, all images of a patient lie in one split, and the shares are near to these. Raises
-    InputError for an empty class, one that is too small for three splits, and an image without a
-    patient.
+    InputError for an empty class, one that is too small for three splits, an image that this suite
+    generated, and an image without a patient.
     """
     found = list_classes(source)
     for kind, files in found.items():
         if not files:
             raise InputError(f"{source}: class sub-folder {kind} is empty; fill or remove it")
     names = [f"{kind}/{file}" for kind, files in found.items() for file, *_ in files]
+    for name in names:
+        if name.split("/")[-1].startswith(SYNTHETIC):
+            raise InputError(
+                f"{source}: {name} was generated and would be split like a real image; keep it in "
+                "another folder, and add it to training images alone"
+            )
     labels = np.repeat(np.arange(len(found)), [len(files) for files in found.values()])
     classes, patient_of = tuple(found), read_patients(source)
     parts = split_by_class(source, labels, classes)
@@ -656,8 +671,9 @@ def split_by_patient(
     """Rows of each split, no patient in two, with shares near to 7 : 1 : 2 of every class.
 
     All dealings of patients to splits are tried where there are few patients, else some: patients
-    are dealt out one by one, each to the split that lacks most of its images, the largest first and
-    then in orders drawn with seed 0. Of those that leave no class out of a split the one is taken
+    are dealt out one by one, each to the split that lacks most of its images (every second time to
+    one that lacks its class, if there is one), the largest first and then in orders drawn with
+    seed 0. Of those that leave no class out of a split the one is taken
     whose farthest share is nearest. Raises InputError where there is none.
     """
     names, owners = np.unique(patients, return_inverse=True)
@@ -675,8 +691,7 @@ def split_by_patient(
         few = f"{classes[several.argmin()]} has {several.min()} patients"
         raise InputError(
             f"{source}: no dealing of the patients to training, validation and test was found that "
-            f"leaves every class in each ({few}); add some, leave the class out, or remove "
-            f"{PATIENTS}"
+            f"leaves every class in each ({few}); add some or leave the class out"
         )
     rng = np.random.default_rng(0)
     rows = {split: np.flatnonzero(best[owners] == i) for i, split in enumerate(SPLITS)}
@@ -694,6 +709,8 @@ def _dealings(counts: np.ndarray, shares: np.ndarray) -> Iterator[np.ndarray]:
         have, split_of = np.zeros_like(aims), np.empty(len(counts), int)
         for patient in order:
             lacking = (aims - have) / totals
+            if attempt % 2:  # a class in none of a split's images yet comes first
+                lacking += have == 0
             split_of[patient] = (lacking * counts[patient]).sum(1).argmax()
             have[split_of[patient]] += counts[patient]
         yield split_of
@@ -703,11 +720,23 @@ def _load_folder(root: Path, size: int, split: str):
     """Any folder or zip with one sub-folder per class, of any images that Pillow reads.
 
     The largest square of the middle is resized; grey images become RGB, too. The resized images
-    are cached as one file.
+    are cached as one file. Raises InputError for an image that lies in two classes.
     """
     names, labels, classes, parts = split_folder(root)
     rows, found = parts[split], list_classes(root)
-    images = _cached("folder", _fingerprint(found), size, lambda: resize_images(root, names, size))
+
+    def resize() -> np.ndarray:
+        images, first = resize_images(root, names, size), {}
+        for row, image in enumerate(images):
+            other = first.setdefault(image.tobytes(), row)
+            if labels[other] != labels[row]:
+                raise InputError(
+                    f"{root}: {names[other]} and {names[row]} are one image in two classes; "
+                    "remove the wrong one"
+                )
+        return images
+
+    images = _cached("folder", _fingerprint(found), size, resize)
     name = root.resolve().name.removesuffix(".zip")
     return f"folder {name}", images[rows], labels[rows], classes
 

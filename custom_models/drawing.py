@@ -19,6 +19,8 @@ from torch import nn
 from custom_models import make_config
 from utils import (
     BLOOD_CLASSES,
+    SYNTHETIC,
+    ImageSet,
     InputError,
     make_grid,
     progress,
@@ -65,9 +67,9 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict]:
     """The model of a weights.pt, checkpoint.pt or .safetensors file, and what it is.
 
     The model is in float32, on the CPU and in eval mode; the second has model, preset, seed,
-    config, classes and the file's sha256, as plain types. A checkpoint.pt gives the weights that
-    its run would keep if it ended there. Raises InputError for a file that is missing, broken or
-    foreign.
+    config, classes, dataset_sha256 (of the training images) and the file's sha256, as plain types.
+    A checkpoint.pt gives the weights that its run would keep if it ended there. Raises InputError
+    for a file that is missing, broken or foreign.
     """
     path = Path(path)
     model, about = (load_shipped if path.suffix == ".safetensors" else _load_run)(path)
@@ -85,7 +87,7 @@ def _load_run(path: Path) -> tuple[nn.Module, dict]:
         raise InputError(f"{path} is broken or holds no weights; get it anew") from None
     try:
         identity = stored["identity"]
-        about = {name: identity[name] for name in ("model", "preset", "seed")}
+        about = {name: identity[name] for name in ("model", "preset", "seed", "dataset_sha256")}
         about["config"] = {k: v for k, v in identity.items() if k not in NOT_CONFIG}
         # Runs of before their files named the classes were all of blood cells.
         about["classes"] = list(stored.get("classes", BLOOD_CLASSES))
@@ -294,7 +296,11 @@ def write_samples(
             names, shown = ["image"], IN_GRID**2
         rows = []
         for name in names:
-            images = _draw_class(model, about, name, n, seed)
+            if model.conditional:
+                noise = derive_seed(seed, f"samples of {name}")
+                images = _draw_class(model, about, name, n, noise)
+            else:
+                images = sample(model, torch.zeros(n, dtype=torch.int64), seed)
             for number, image in enumerate(images):
                 _save(image, folder / f"{_file_name(name)}_{number:04d}.png")
             rows.append(images[:shown])
@@ -306,13 +312,15 @@ def write_samples(
 
 
 def fill_up(
-    model: nn.Module, about: dict, out: str | Path, counts: dict[str, int], seed: int
+    model: nn.Module, about: dict, out: str | Path, train: ImageSet, seed: int
 ) -> dict[str, int]:
     """Draw for each class as many images as it lacks to the largest; returns how many by class.
 
-    model, about: as `load_model` returns them. counts: real images of each class of a data set,
-    whose classes must be the model's. Writes CLASS/synthetic_CLASS_0000.png … and synthetic.csv
-    (file, class, sha256 of the checkpoint, seed) into `out`, a folder that is new or empty.
+    model, about: as `load_model` returns them. train: the images that the model was trained on,
+    whose classes are filled up. Writes CLASS/synthetic_CLASS_0000.png … and synthetic.csv (file,
+    class, sha256 of the checkpoint, seed) into `out`, a folder that is new or empty. No image is
+    one of `write_samples`. Raises InputError for other training images, since test images may have
+    been among those that the model was trained on.
     """
     what = f"{about['model']} {about['preset']}"
     if not model.conditional:
@@ -320,11 +328,17 @@ def fill_up(
             f"{what} can't be asked for a class, so it fills up none; give a conditional model's "
             "checkpoint"
         )
-    if list(counts) != about["classes"]:
+    if list(train.classes) != about["classes"]:
         raise InputError(
-            f"{what} draws {', '.join(about['classes'])}, but the data has {', '.join(counts)}; "
-            "give the data set that it was trained on"
+            f"{what} draws {', '.join(about['classes'])}, but the data has "
+            f"{', '.join(train.classes)}; give the data set that it was trained on"
         )
+    if train.sha256() != about["dataset_sha256"]:
+        raise InputError(
+            f"{what} was not trained on this train split of {train.name}, so that images of the "
+            "test split may be among those that it learned from; train it on this split first"
+        )
+    counts = dict(zip(train.classes, train.labels.bincount(minlength=len(train.classes)).tolist()))
     _check_out(out)
     missing = {name: max(counts.values()) - count for name, count in counts.items()}
     if not any(missing.values()):
@@ -336,8 +350,9 @@ def fill_up(
             if n == 0:
                 continue
             below = folder / _file_name(name)
-            for number, image in enumerate(_draw_class(model, about, name, n, seed)):
-                file = below / f"synthetic_{_file_name(name)}_{number:04d}.png"
+            noise = derive_seed(seed, f"filling up {name}")
+            for number, image in enumerate(_draw_class(model, about, name, n, noise)):
+                file = below / f"{SYNTHETIC}{_file_name(name)}_{number:04d}.png"
                 _save(image, file)
                 lines.append((file.relative_to(folder).as_posix(), name, about["sha256"], seed))
         with open(folder / "synthetic.csv", "w", newline="", encoding="utf-8") as file:
@@ -366,11 +381,8 @@ def write_images(images: torch.Tensor, names: list[str], facts: dict, out: str |
 
 
 def _draw_class(model: nn.Module, about: dict, name: str, n: int, seed: int) -> torch.Tensor:
-    """`n` images of the class; of a model without classes, those of `sample`."""
-    if not model.conditional:
-        return sample(model, torch.zeros(n, dtype=torch.int64), seed)
-    labels = torch.full((n,), about["classes"].index(name))
-    return draw(model, labels, derive_seed(seed, f"samples of {name}"))
+    """`n` images of the class. seed: of the very noise, from `derive_seed`."""
+    return draw(model, torch.full((n,), about["classes"].index(name)), seed)
 
 
 def _check_out(out: str | Path) -> None:

@@ -129,9 +129,24 @@ def test_patients_are_dealt_as_near_to_7_1_2_as_can_be():
     assert dealt([[11, 11], [11, 2], [0, 6], [2, 2]]) == [[11, 17], [2, 2], [11, 2]]
 
 
+@pytest.mark.parametrize("several", [(3, 7), (4, 6), (5, 5), (7, 20), (3,) * 8])
+def test_classes_of_few_patients_each_are_in_every_split(several):
+    """Patients with one class alone, ten images each."""
+    counts = [
+        [10 * (label == own) for label in range(len(several))]
+        for own, n in enumerate(several)
+        for _ in range(n)
+    ]
+    labels = np.repeat([row.index(10) for row in counts], 10)
+    patients = [f"P{patient}" for patient in range(len(counts)) for _ in range(10)]
+    parts = split_by_patient(Path("x"), labels, tuple("abcdefgh"[: len(several)]), patients)
+    for rows in parts.values():
+        assert (np.bincount(labels[rows], minlength=len(several)) > 0).all()
+
+
 def test_a_class_of_too_few_patients_is_bad_input(bad_input):
     labels, patients = np.array([0] * 9 + [1] * 9), [*"abcabcabc", *"abababbbb"]
-    with bad_input("some folder", "dog has 2 patients", PATIENTS):
+    with bad_input("some folder", "dog has 2 patients", "add some or leave the class out"):
         split_by_patient(Path("some folder"), labels, ("cat", "dog"), patients)
 
 
@@ -275,9 +290,15 @@ def test_a_folder_of_classes(folder):
     assert seen == {(10 * n, 0) for n in range(10)} | {(10 * n, 1) for n in range(4)}
 
 
+def pets() -> dict[str, bytes]:
+    """Twelve images of each of two classes, each of a colour of its own."""
+    kinds = {"cat": 9, "dog": 99}
+    return {f"{k}/{n}.png": png((20 * n, own, 9)) for k, own in kinds.items() for n in range(12)}
+
+
 @pytest.mark.parametrize("around", ["", "pack/", "./"])
 def test_patients_of_a_folder_or_zip_stay_together(around, tmp_path):
-    files = {f"{kind}/{n}.png": png((20 * n, 9, 9)) for kind in ("cat", "dog") for n in range(12)}
+    files = pets()
     lines = [f"{name},P{n % 12 // 2}" for n, name in enumerate(files)]  # six patients, four images
     table = {PATIENTS: "\r\n".join(["\ufefffile,patient", *lines]).encode()}
     folder = write_folder(tmp_path / "cells", files | table)
@@ -293,7 +314,7 @@ def test_patients_of_a_folder_or_zip_stay_together(around, tmp_path):
 
 
 def test_a_list_of_patients_is_found_whatever_its_capitals_and_slashes(tmp_path):
-    files = {f"{kind}/{n}.png": png((20 * n, 9, 9)) for kind in ("cat", "dog") for n in range(12)}
+    files = pets()
     lines = [f"{name},P{n % 12 // 2}" for n, name in enumerate(files)]
     text = "\n".join(["file,patient", *lines])
     plain = write_folder(tmp_path / "a", files | {PATIENTS: text.encode()})
@@ -361,9 +382,9 @@ def test_resized_images_are_cached_until_a_file_changes(folder, own_cache, monke
 
 def test_a_changed_zip_is_read_anew(tmp_path):
     first = load_dataset("folder", write_zip(tmp_path / "x.zip", FILES), 5)
-    changed = {name: png((7, 7, 7)) for name in FILES}
+    changed = {name: png((7, 7, 40 + len(name))) for name in FILES}
     second = load_dataset("folder", write_zip(tmp_path / "x.zip", changed), 5)
-    assert first.sha256() != second.sha256() and (second.images == 7).all()
+    assert first.sha256() != second.sha256() and (second.images[:, :2] == 7).all()
 
 
 @pytest.mark.parametrize(
@@ -380,6 +401,48 @@ def test_a_file_that_is_no_whole_image_is_bad_input(
     with bad_input(str(root), "a/notes.png", "cannot be read", words):
         load_dataset("folder", root, 5)
     assert not cached_files(own_cache)
+
+
+def tiff(pages: int) -> bytes:
+    buffer, page = io.BytesIO(), Image.new("L", (9, 7), 200)
+    page.save(buffer, "TIFF", save_all=True, append_images=[page] * (pages - 1))
+    return buffer.getvalue()
+
+
+def test_a_file_of_several_pages_is_bad_input(tmp_path, bad_input):
+    one = write_folder(tmp_path / "one", FILES | {"a/9.tif": tiff(1)})
+    assert sum(map(len, load_all("folder", one, 5).values())) == 15
+    stack = write_folder(tmp_path / "stack", FILES | {"a/9.tif": tiff(3)})
+    with bad_input(str(stack), "a/9.tif", "holds 3 pages"):
+        load_dataset("folder", stack, 5)
+
+
+@pytest.mark.parametrize("brightest", [15, 16])
+def test_colours_of_a_camera_of_12_bits_are_bad_input(brightest, tmp_path, bad_input):
+    """Pillow reads 16-bit colours as their upper halves, which are then 15 at most."""
+    colours = [(brightest, n, k) for k in range(2) for n in range(4)]
+    files = {f"{'ab'[k]}/{n}.png": png((top, n, k)) for top, n, k in colours}
+    root = write_folder(tmp_path / "x", files)
+    if brightest == 16:
+        assert load_dataset("folder", root, 5).images.max() == 16
+        return
+    with bad_input(str(root), "nearly black, 15 of 255", "convert them to 8 bits"):
+        load_dataset("folder", root, 5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_one_image_in_two_classes_is_bad_input(packed, tmp_path, own_cache, bad_input):
+    files = FILES | {"a/twin.png": FILES["Größe 2/3.png"]}
+    root = write_zip(tmp_path / "x.zip", files) if packed else write_folder(tmp_path / "x", files)
+    with bad_input(str(root), "Größe 2/3.png and a/twin.png are one image in two classes"):
+        load_dataset("folder", root, 5)
+    assert not cached_files(own_cache)
+
+
+def test_what_was_generated_is_not_split_as_if_it_were_real(tmp_path, bad_input):
+    root = write_folder(tmp_path / "x", FILES | {"a/synthetic_a_0000.png": png((1, 2, 3))})
+    with bad_input(str(root), "a/synthetic_a_0000.png was generated", "training images alone"):
+        load_dataset("folder", root, 5)
 
 
 FAULTS = {
@@ -529,7 +592,8 @@ def grey_png(highest: int) -> bytes:
 
 
 def test_12_bits_in_16_are_told(tmp_path, bad_input):
-    dark = {f"{kind}/{n}.png": grey_png(4095 - n) for kind in "ab" for n in range(4)}
+    tops = {"a": 4095, "b": 2000}
+    dark = {f"{kind}/{n}.png": grey_png(tops[kind] - n) for kind in "ab" for n in range(4)}
     with bad_input("0 to 4095 of 65,535", "convert them to 8 bits"):
         load_dataset("folder", write_folder(tmp_path / "dark", dark), 5, "train")
     full = write_folder(tmp_path / "full", dark | {"a/4.png": grey_png(60000)})

@@ -457,14 +457,18 @@ def trained(data_root, tmp_path_factory) -> dict[str, GenerativePipeline]:
             "validation_epochs": 0,
         },
     }
-    made = {}
-    for name, own in settings.items():
-        made[name] = GenerativePipeline(
-            *(name, "quick"),
-            **{"out": tmp_path_factory.mktemp(name), "data_root": data_root, "device": "cpu"},
-            **{"epochs": 1, "batch_size": 32, **own},
-        )
-        made[name].train()
+    return {
+        name: trained_model(name, tmp_path_factory.mktemp(name), data_root, **own)
+        for name, own in settings.items()
+    }
+
+
+def trained_model(name: str, out: Path, data_root: Path, **settings) -> GenerativePipeline:
+    settings = {"epochs": 1, "batch_size": 32, **settings}
+    made = GenerativePipeline(
+        name, "quick", out=out, data_root=data_root, device="cpu", **settings
+    )
+    made.train()
     return made
 
 
@@ -536,14 +540,24 @@ def unbalanced(tiny_arrays: dict, folder: Path) -> None:
 
 def test_rare_classes_are_filled_up(trained, tiny_arrays, tmp_path, monkeypatch, capsys):
     unbalanced(tiny_arrays, tmp_path)
-    weights, out = trained["cvae"].weights_path, tmp_path / "out"
-    assert draw(monkeypatch, weights, out, "--fill-up", "--data-root", str(tmp_path)) == 0
+    out, options = tmp_path / "out", ("--fill-up", "--data-root", str(tmp_path))
+    # A model of another train split may have seen this one's test images.
+    code = draw(monkeypatch, trained["cvae"].weights_path, out, *options)
+    check_refusal(code, *capsys.readouterr(), "train it on this split first")
+    assert not out.exists()
+    own = {"channels": (8, 16), "conditional": True}
+    weights = trained_model("cvae", tmp_path / "run", tmp_path, **own).weights_path
+    capsys.readouterr()
+    assert draw(monkeypatch, weights, out, *options) == 0
     missing = dict.fromkeys(BLOOD_CLASSES[1:7], 15) | {"platelet": 19}
     files = read(out)
     for name, n in missing.items():
         own = sorted(file for file in files if file.startswith(f"{name}/"))
         assert own == [f"{name}/synthetic_{name}_{i:04d}.png" for i in range(n)]
     assert len(files) == sum(missing.values()) and not (out / "basophil").exists()
+    drawn = ("--class", "platelet", "--n", "19")
+    assert draw(monkeypatch, weights, tmp_path / "drawn", *drawn) == 0
+    assert not set(read(tmp_path / "drawn").values()) & set(files.values())
     with open(out / "synthetic.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     assert {line["file"]: line["class"] for line in lines} == {f: f.split("/")[0] for f in files}

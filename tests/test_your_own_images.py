@@ -107,6 +107,7 @@ def test_what_few_images_cannot_carry_is_said(text):
 def test_the_written_files_themselves_are_searched_for_copies(example, text):
     out, _ = example
     files = [*out.glob("samples/*_*.png"), *out.glob("filled_up/*/*.png")]
+    assert len({path.read_bytes() for path in files}) == len(files)  # none is written twice
     assert text.count("identical to a training image: 0") == 2
     assert f"{len(files)} files: " in text
     last = text[text.index(f"{len(files)} files: ") :].splitlines()
@@ -139,14 +140,15 @@ def test_a_zip_with_even_classes_twice(example, tmp_path, capsys):
             for number in range(24):
                 name = f"{kind}/{number:03d}.png"
                 archive.write(source / "example" / name, f"my cells/{name}")
-    parameters = {"data_dir": str(tmp_path / "cells.zip"), "out": tmp_path}
+    out = tmp_path / "new" / "folder"
+    parameters = {"data_dir": str(tmp_path / "cells.zip"), "out": out}
     run_cells(**parameters)
     text = capsys.readouterr().out
     assert "48 images; the most frequent sizes, in pixels: 48 of 28 × 28\n" in text
-    assert not (tmp_path / "filled_up").exists()
-    assert f"synthetic images: {tmp_path / 'samples'}\n" in text
+    assert not (out / "filled_up").exists()
+    assert f"synthetic images: {out / 'samples'}\n" in text
     assert "6 files: " in text
-    kept = [tmp_path / "run" / "weights.pt", *sorted((tmp_path / "samples").iterdir())]
+    kept = [out / "run" / "weights.pt", *sorted((out / "samples").iterdir())]
     before = [path.stat().st_mtime_ns for path in kept]
     run_cells(**parameters)
     assert "6 files: " in capsys.readouterr().out
