@@ -99,7 +99,9 @@ def test_the_readmes_words_have_the_numbers_of_the_records():
     rows = json.loads((RESULTS / "numbers" / "resize.json").read_text())["rows"]
     value = {row["name"]: f"{row['value']:,.0f}" for row in rows}
     without, stored = value["bilinear, antialiased, no JPEG"], value["bilinear, antialiased"]
+    as_stored = round(json.loads((RESULTS / "numbers" / "resize.json").read_text())["floor"])
     assert f"lack that JPEG lie at {without} from the reference, and at {stored} with it" in words
+    assert f"(n = 2,000; {as_stored} as they are stored" in words
     dcgan = [r for r in RECORDS[RESULTS] if (r["model"], r["preset"]) == ("dcgan", "best")]
     one, other = (round(r["metrics"]["frechet_distance"]) for r in dcgan)
     assert f"the DCGAN's two as `best` lie at {one} and {other}." in words
@@ -148,13 +150,21 @@ def test_the_readmes_words_on_rare_classes_have_the_numbers_of_the_records():
     assert f"without any generated cell, gives {mean['real+class weights']}." in words
     before, after = rows["cnn", "real", ""], rows["cnn", "real+GAN 500", "secondary"]
     of = {
-        name: tuple(f"{float(row[name + '_mean']):.2f}" for row in (before, after))
-        for name in ("recall basophil", "recall immature granulocyte", "recall lymphocyte")
+        name: tuple(f"{float(row[f'recall {name}_mean']):.2f}" for row in (before, after))
+        for name in augmentation.LONG_TAIL
     }
-    basophils, granulocytes, lymphocytes = of.values()
-    assert "recall of basophils goes from {} to {}, that".format(*basophils) in words
-    assert "immature granulocytes from {} to {} and".format(*granulocytes) in words
-    assert "of lymphocytes from {} to {}; plain".format(*lymphocytes) in words
+    n = augmentation.LONG_TAIL
+    for sentence in (
+        f"recall of basophils ({n['basophil']} training cells) goes from {{}} to {{}}, of",
+        f"erythroblasts ({n['erythroblast']}) from {{}} to {{}} and of",
+        f"monocytes ({n['monocyte']}) from {{}} to {{}}, but",
+        f"of lymphocytes ({n['lymphocyte']}) falls from {{}} to {{}}, where",
+        f"of immature granulocytes ({n['immature granulocyte']}) from {{}} to {{}}; plain",
+    ):
+        kind = next(kind for kind in n if kind in sentence)
+        assert sentence.format(*of[kind]) in words
+    weighted = rows["cnn", "real+class weights", "secondary"]
+    assert f"class weights raise it to {float(weighted['recall lymphocyte_mean']):.2f}," in words
     accuracy = [f"{float(row['accuracy_mean']):.3f}" for row in (before, after)]
     assert accuracy[0] == accuracy[1] and f"accuracy stays at {accuracy[0]}, and" in words
     curve = [f"{float(row['auc_mean']):.3f}" for row in (before, after)]
@@ -162,7 +172,14 @@ def test_the_readmes_words_on_rare_classes_have_the_numbers_of_the_records():
     assert f"without a real one, give {mean['GAN alone']}." in words
     primary = interval(rows["cnn", "real+GAN 3000+strong", "primary"])
     short, low, high = (number.strip("−") for number in primary)
-    assert f"fall {short} ({high} to {low}) short of oversampling" in words
+    assert f"both with strong augmentation, fall {short} ({high} to {low}) short of it;" in words
+    arms = ("real+strong", "real+GAN 3000+strong", "real+oversampling+strong")
+    assert (
+        "neither of them has {}, with the generated cells {}, with oversampling {}.".format(
+            *(mean[arm] for arm in arms)
+        )
+        in words
+    )
     verdicts = [rows["cnn", f"real+GAN {n}", "secondary"]["verdict"] for n in (500, 3000)]
     assert verdicts == ["better", "within the noise"]
 
@@ -174,16 +191,23 @@ def test_the_readmes_words_on_few_cells_have_the_numbers_of_the_records():
     changes = ["{} ({} to {})".format(*interval(row)) for row in primary]
     assert "by {} with a CNN and by {} with a CNN-RNN".format(*changes) in words
     assert {row["verdict"] for row in primary} == {"within the noise"}
-    accuracy = {
-        (name, arm): f"{float(row['accuracy_mean']):.3f}" for (name, arm, _), row in rows.items()
+    score = {
+        (name, arm): f"{float(row['balanced_accuracy_mean']):.3f}"
+        for (name, arm, _), row in rows.items()
     }
     plain, strong, flawed, sound = (
-        [accuracy[name, arm] for name in ("cnn", "cnn_rnn")]
+        [score[name, arm] for name in ("cnn", "cnn_rnn")]
         for arm in ("real", "real+strong", "published flaw", "real+GAN+traditional")
     )
-    assert strong[0] == strong[1]
-    assert f"both to {strong[0]}, from {plain[0]} and {plain[1]} without any" in words
-    assert f"accuracy is {flawed[0]} and {flawed[1]}, and without the mistake the same arm" in words
+    for name, best in zip(("cnn", "cnn_rnn"), strong):
+        own = [v for (other, arm), v in score.items() if other == name and arm != "published flaw"]
+        assert max(own) == best
+    assert f"{strong[0]} and {strong[1]} after {plain[0]} and {plain[1]} without any" in words
+    changes = [rows[name, "real+strong", "secondary"] for name in ("cnn", "cnn_rnn")]
+    both = *interval(changes[0]), *interval(changes[1])
+    assert "({}, {} to {}, and {}, {} to {})".format(*both) in words
+    assert {row["verdict"] for row in changes} == {"within the noise"}
+    assert flawed[0] == flawed[1] and f"balanced accuracy is {flawed[0]} with both" in words
     assert f"the same arm has {sound[0]} and {sound[1]} (" in words
     counts = rows["cnn", "published flaw", ""]
     tested = float(counts["n_test"])
