@@ -272,8 +272,9 @@ def stratified_folds(data: ImageSet) -> torch.Tensor:
 def subsamples(data: ImageSet, counts: dict[str, int]) -> list[torch.Tensor]:
     """Rows of five subsamples with the given number of images of each class, drawn with seed 0.
 
-    They share no image, so that five trainings on them are independent. Raises InputError for a
-    class with fewer images than five times its count, and for other classes than the data's.
+    They share no image, so that five trainings on them are independent, but for what images of one
+    patient have in common. Raises InputError for a class with fewer images than five times its
+    count, and for other classes than the data's.
     """
     if set(counts) != set(data.classes):
         raise InputError(
@@ -508,6 +509,7 @@ def run_arms(
     generator_images: torch.Tensor,
     generator_training: dict,
     flawed: ImageSet | None,
+    flawed_training: dict | None,
     *,
     classifiers: list[str],
     make_classifier: Callable[[str, int, int, int], torch.nn.Module],
@@ -519,11 +521,11 @@ def run_arms(
 
     generated: images of the generator, each class's `max(study.amounts)` of them;
     generator_images: what it was trained on, uint8 [N, C, S, S]; generator_training: what that
-    took, plain types, for the record; flawed: images of a generator that was trained on everything,
-    None for `imbalance`. make_classifier: (name, classes, image size, channels) → module;
-    describe_machine: device → plain types. An arm whose record is there is not run again. Returns
-    the records in the arms' order.
-    Raises InputError for a leak (`check_no_leak`) before anything is trained.
+    took, plain types, for the record; flawed, flawed_training: images of a generator that was
+    trained on everything, and what that took, None for `imbalance`. make_classifier: (name,
+    classes, image size, channels) → module; describe_machine: device → plain types. An arm whose
+    record is there is not run again. Returns the records in the arms' order.
+    Raises InputError for a leak (`check_no_leak`) before any classifier is trained.
     """
     check_generated(generated, fold.train)
     generator_images = generator_images.cpu()
@@ -546,7 +548,7 @@ def run_arms(
                     "identity": own,
                     **run_arm(arm, fold, generated, flawed, module.to(device), study.updates, seed),
                     "left_out": len(fold.left_out),
-                    "generator": generator_training,
+                    "generator": flawed_training if arm.name == FLAW else generator_training,
                     **describe_machine(device),
                 }
                 text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
@@ -883,8 +885,8 @@ def _rules(study: Study, rows: list[dict]) -> str:
     correction = (
         "corrected for cells that folds share (Nadeau and Bengio 2003)"
         if study.name == "bccd"
-        else "over subsamples that share no cell; it speaks of other training cells, not of other "
-        "test cells"
+        else "over subsamples that share no cell, but may share patients, which would make its "
+        "intervals too narrow; it speaks of other training cells, not of other test cells"
     )
     return (
         f"{study.dataset} at {study.image_size} pixels; {study.updates} updates of {BATCH_SIZE} "

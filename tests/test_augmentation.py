@@ -104,10 +104,11 @@ def test_five_folds_test_every_cell_once(data_root):
 
 
 def test_folds_that_would_part_a_patient_are_refused(tmp_path, bad_input):
-    for kind in ("cat", "dog"):
+    for kind, green in (("cat", 9), ("dog", 99)):
         for number in range(12):
             (tmp_path / kind).mkdir(exist_ok=True)
-            Image.new("RGB", (9, 9), (20 * number, 9, 9)).save(tmp_path / kind / f"{number}.png")
+            image = Image.new("RGB", (9, 9), (20 * number, green, 9))
+            image.save(tmp_path / kind / f"{number}.png")
     study = augmentation.make_study("bccd", dataset="folder", image_size=8)
     augmentation.make_fold(study, 0, tmp_path)
     lines = [f"{kind}/{n}.png,P{n // 2}" for kind in ("cat", "dog") for n in range(12)]
@@ -246,6 +247,7 @@ def run(out: Path, generator_images=None, **changes) -> list[dict]:
         fold.train.images if generator_images is None else generator_images,
         {"seconds": 1.0},
         image_set([10, 10], seed=4),
+        {"seconds": 2.0},
         classifiers=["linear"],
         make_classifier=linear,
         device=torch.device("cpu"),
@@ -260,6 +262,8 @@ def test_every_arm_leaves_a_record_once(tmp_path, monkeypatch, bad_input):
     assert len(list(folder.iterdir())) == len(records) == 8
     assert json.loads((folder / "real+GAN.json").read_text()) == records[4]
     assert records[4]["n"]["basophil"] == {"real": 4, "generated": 6, "test": 2}
+    trained = {r["identity"]["arm"]["name"]: r["generator"]["seconds"] for r in records}
+    assert trained.pop(augmentation.FLAW) == 2.0 and set(trained.values()) == {1.0}
     tests = {record["sha256"]["test"] for record in records}
     assert len(tests) == 2 and records[-1]["sha256"]["test"] != records[0]["sha256"]["test"]
     assert [bool(record["scores_on_generated"]) for record in records] == [True] + [False] * 7
