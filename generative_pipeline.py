@@ -392,15 +392,16 @@ class GenerativePipeline:
     def load_weights(self) -> bool:
         """Take up the kept weights of the finished training; False where there are none.
 
-        The checkpoint, where it is still there, is loaded as well, for the raw weights.
+        The checkpoint of its end, where it is still there, is loaded as well, for the raw weights.
         """
         state = self._read_state(self.weights_path, WEIGHTS_FORMAT)
         if state is None:
             return False
-        if not self.load_checkpoint():
+        # A checkpoint may also be one of half the way, or of a training made again.
+        if not (self.load_checkpoint() and self.training == state["training"]):
             for model in (self.model, self._averaged_model()):
                 model.load_state_dict(state["state"])
-            self.step, self.history = self.total_steps, state["history"]
+            self.step, self.history, self.best = self.total_steps, state["history"], None
             self.kept = state["state"]
         self.training = state["training"]
         return True
@@ -509,7 +510,7 @@ class GenerativePipeline:
         return self._extractor
 
     def weights_key(self) -> str:
-        """Hash of config, data and code version: equal keys, equal weights."""
+        """Hash of config, data and code version: on a CPU, equal keys are equal weights."""
         return _hash(self._identity())
 
     def run_key(self) -> str:
@@ -581,10 +582,17 @@ class GenerativePipeline:
         """Measure the trained model under the default protocol and write the run's record.
 
         As many images as there are held-out real ones, with their labels, are compared with the
-        train split. Returns the record; a finished one is read, not measured again.
+        train split. Returns the record; a finished one is read, not measured again. Raises
+        InputError for a record of another training than the one that is loaded.
         """
         record = self.finished_record()
         if record:
+            wrong = differences(record, self.training or {}, self.training or ())
+            if wrong:
+                raise InputError(
+                    f"{self.record_path} was measured from other weights: {wrong}; delete it to "
+                    "measure these, or get its own weights.pt"
+                )
             return record
         self.check_folder(self.extractor())
         self._require_trained()
@@ -642,9 +650,11 @@ class GenerativePipeline:
             "extractor_sha256": self.extractor().sha256,
             "version": per_class.VERSION,
             "n": n,
+            **self._held_out_cells(),
         }
         with contextlib.suppress(OSError, ValueError):
             stored = json.loads(path.read_text(encoding="utf-8"))
+            stored = {**self._held_out_cells(), **stored}  # older files do not name these
             if {name: stored.get(name) for name in key} == key:
                 return stored
         self._require_trained()
@@ -677,9 +687,11 @@ class GenerativePipeline:
             "version": SAMPLING_VERSION,
             "n": n,
             "settings": chosen,
+            "val_sha256": val.sha256(),
         }
         with contextlib.suppress(OSError, ValueError):
             stored = json.loads(path.read_text(encoding="utf-8"))
+            stored.setdefault("val_sha256", val.sha256())  # older files do not name it
             if {name: stored.get(name) for name in study} == study:
                 return stored["rows"]
         self._require_trained()
@@ -760,6 +772,7 @@ class GenerativePipeline:
             "measured": {
                 "sampling_seconds": round(sampling_seconds, 1),
                 "sampled_images": len(held_out),
+                "precision": self.precision,
                 "metrics_version": protocol.METRICS_VERSION,
                 **describe_machine(self.device),
             },

@@ -75,7 +75,8 @@ def floor(
     of data, classes and extractor, too.
     """
     train, held_out = sets["train"], sets["held_out"]
-    data, networks = (train.sha256(), held_out.sha256()), (extractor.sha256, classifier.sha256)
+    data = [sets[split].sha256() for split in ("train", "val", "test")]
+    networks = extractor.sha256, classifier.sha256
     names = (train.name, *train.classes, extractor.name, extractor.distance_name)
     parts = (protocol.METRICS_VERSION, *data, *networks, *names)
     name = hashlib.sha256("/".join(map(str, parts)).encode()).hexdigest()[:16]

@@ -149,6 +149,7 @@ def results_table(records: list[dict], floor: dict | None = None) -> list[dict]:
     _check_same_protocol(metrics)
     _check_same_protocol([m["domain"] for m in metrics if "domain" in m])
     _check_same_metrics(records)
+    _check_same_classifier(metrics)
 
     groups = defaultdict(list)
     for record in records:
@@ -298,6 +299,7 @@ def ablation_table(runs: list[tuple[Ablation, list[dict]]]) -> list[dict]:
     if not metrics:
         raise InputError("no run of this grid is there; train one of its rows first")
     _check_same_protocol(metrics)
+    _check_same_metrics([record for _, records in runs for record in records])
     rows = [_ablation_row(ablation, records, metrics[0]) for ablation, records in runs]
     unchanged = {r["model"]: r["frechet_mean"] for r in rows if r["settings"] == "{}"}
     for row in rows:
@@ -497,6 +499,15 @@ def _check_same_metrics(records: list[dict]) -> None:
         )
 
 
+def _check_same_classifier(metrics: list[dict]) -> None:
+    """Refuse class agreement by several classifiers: of most data, each machine trains its own."""
+    if len({m["agreement"]["classifier_sha256"] for m in metrics if "agreement" in m}) > 1:
+        raise InputError(
+            "the class agreement of these runs was measured by different classifiers; measure them "
+            "on one machine"
+        )
+
+
 def _check_trainings(name: str, group: list[dict]) -> None:
     """Refuse a mean over anything but trainings of one configuration with a seed each."""
     seeds = [record["seed"] for record in group]
@@ -508,6 +519,12 @@ def _check_trainings(name: str, group: list[dict]) -> None:
     if any(record["config"] != group[0]["config"] for record in group):
         raise InputError(
             f"{name}: its runs have different configurations; remove those of the older one"
+        )
+    versions = {record.get("versions", {}).get("code") for record in group}
+    if len(versions) > 1:
+        raise InputError(
+            f"{name}: its runs were trained by different versions of the code "
+            f"({' and '.join(sorted(map(str, versions)))}); train the older ones again"
         )
 
 

@@ -94,6 +94,64 @@ def test_the_floor_is_measured_once(judged, sets, tiny_extractor, monkeypatch):
     assert judging.floor(reference, sets, *networks) == judged["floor"]
 
 
+OTHER_FLOORS = {
+    "a validation cell": lambda sets, networks: brightened(sets, "val"),
+    "a test cell": lambda sets, networks: brightened(sets, "test"),
+    "a training cell": lambda sets, networks: brightened(sets, "train"),
+    "the cut between them": lambda sets, networks: recut(sets),
+    "the extractor": lambda sets, networks: networks.update(extractor="0" * 64),
+    "the classifier": lambda sets, networks: networks.update(classifier="0" * 64),
+    "the metrics": lambda sets, networks: networks.update(version=-1),
+}
+
+
+def brightened(sets: dict, split: str) -> None:
+    images = sets[split].images.clone()
+    images[0, 0, 0, 0] ^= 1
+    sets[split] = dataclasses.replace(sets[split], images=images)
+    join_held_out(sets)
+
+
+def recut(sets: dict) -> None:
+    """The first test cell becomes the last validation cell."""
+    val, test = sets["val"], sets["test"]
+    for name in ("images", "labels"):
+        first = getattr(test, name)[:1]
+        val = dataclasses.replace(val, **{name: torch.cat([getattr(val, name), first])})
+        test = dataclasses.replace(test, **{name: getattr(test, name)[1:]})
+    sets |= {"val": val, "test": test}
+
+
+def join_held_out(sets: dict) -> None:
+    parts = sets["val"], sets["test"]
+    joined = {name: torch.cat([getattr(p, name) for p in parts]) for name in ("images", "labels")}
+    sets["held_out"] = dataclasses.replace(sets["held_out"], **joined)
+
+
+@pytest.mark.parametrize("change", OTHER_FLOORS.values(), ids=OTHER_FLOORS)
+def test_a_floor_is_not_kept_for_other_cells_networks_or_metrics(
+    change, judged, sets, tiny_extractor, monkeypatch
+):
+    class MeasuredAgain(Exception):
+        pass
+
+    def evaluate(*_):
+        raise MeasuredAgain
+
+    monkeypatch.setattr(judging.protocol, "evaluate", evaluate)
+    here, networks = dict(sets), {}
+    change(here, networks)
+    extractor, classifier = load_extractor(tiny_extractor), load_domain_classifier()
+    if "extractor" in networks:
+        extractor = dataclasses.replace(extractor, sha256=networks["extractor"])
+    if "classifier" in networks:
+        classifier = dataclasses.replace(classifier, sha256=networks["classifier"])
+    if "version" in networks:
+        monkeypatch.setattr(judging.protocol, "METRICS_VERSION", networks["version"])
+    with pytest.raises(MeasuredAgain):
+        judging.floor(None, here, extractor, classifier)
+
+
 def test_a_kept_floor_has_the_names_of_its_data(judged, sets, tiny_extractor):
     renamed = {split: dataclasses.replace(part, name="cells") for split, part in sets.items()}
     extractor = load_extractor(tiny_extractor)

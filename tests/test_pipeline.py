@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import time
 import warnings
 from pathlib import Path
@@ -16,9 +17,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
 from custom_models import MODELS
-from evaluation import features, judge, kid, per_class, protocol
+from custom_models.drawing import as_kept
+from evaluation import features, figures, judge, kid, per_class, protocol
 from generative_pipeline import GenerativePipeline, derive_seed, run_folder
 from utils import BLOOD_CLASSES, ImageSet, class_balanced_labels, to_uint8
 
@@ -804,6 +807,7 @@ def test_the_record_says_all_that_a_table_needs(make):
     assert record["device"].startswith("CPU") and record["precision"] == "float32"
     assert record["threads"] == torch.get_num_threads()
     assert record["seconds"] >= 0 and record["measured"]["sampling_seconds"] >= 0
+    assert record["measured"]["precision"] == "float32"
     assert record["images_per_second"] > 0
     for machine in (record, record["measured"]):
         assert machine["peak_memory_mib"] > 50
@@ -919,6 +923,61 @@ def test_a_folder_with_another_run_is_left_alone(make, trained, tmp_path, bad_in
     assert trained.record_path.read_bytes() == before
 
 
+def test_finished_weights_count_for_more_than_a_checkpoint_of_half_the_way(make, trained):
+    finished = read_weights(trained)
+    begun = make(out="begun")
+    begun.save_checkpoint()
+    shutil.copy(trained.weights_path, begun.weights_path)
+    again = make(out="begun")
+    again.train()
+    kept = as_kept(again.kept_model().state_dict())
+    assert differences(kept, finished["state"]) == [] and again.step == again.total_steps
+    assert again.history == finished["history"]
+    assert again.evaluate()["seconds"] == finished["training"]["seconds"]
+
+
+def read_weights(pipeline: GenerativePipeline) -> dict:
+    return torch.load(pipeline.weights_path, weights_only=True)
+
+
+def test_a_record_of_another_training_is_not_taken_for_that_of_these_weights(
+    make, trained, bad_input
+):
+    record = trained.evaluate()
+    assert trained.evaluate() == json.loads(json.dumps(record))
+    trained.record_path.write_text(json.dumps(record | {"seconds": record["seconds"] + 100}))
+    assert make().evaluate()["key"] == record["key"]  # no weights are loaded
+    with bad_input(str(trained.record_path), "from other weights", "seconds", "delete it"):
+        trained.evaluate()
+    trained.record_path.unlink()
+    assert trained.evaluate()["seconds"] == record["seconds"]
+
+
+def test_classes_are_measured_again_for_other_held_out_cells(make, monkeypatch):
+    pipeline = make(conditional=True)
+    pipeline.train()
+    monkeypatch.setattr(per_class, "evaluate_per_class", lambda *_: {"rows": len(calls)})
+    monkeypatch.setattr(per_class, "per_class_markdown", lambda result: str(result))
+    monkeypatch.setattr(figures, "real_and_generated_by_class", lambda *_: Figure())
+    calls = [1]
+    assert pipeline.evaluate_per_class(2)["rows"] == 1
+    calls.append(2)
+    assert pipeline.evaluate_per_class(2)["rows"] == 1
+    path = pipeline.out / "per_class.json"
+    stored = json.loads(path.read_text())
+    older = {k: v for k, v in stored.items() if k not in ("held_out_sha256", "classes")}
+    path.write_text(json.dumps(older))  # does not name them
+    assert pipeline.evaluate_per_class(2)["rows"] == 1
+    path.write_text(json.dumps(stored))
+    held_out = pipeline.sets["held_out"]
+    images = held_out.images.clone()
+    images[0, 0, 0, 0] ^= 1
+    for changes in ({"images": images}, {"classes": tuple("abcdefgh")}):
+        pipeline.sets["held_out"] = dataclasses.replace(held_out, **changes)
+        calls.append(0)
+        assert pipeline.evaluate_per_class(2)["rows"] == len(calls)
+
+
 def test_a_record_of_older_metrics_is_replaced(trained, monkeypatch):
     record = trained.evaluate()
     trained.record_path.write_text(json.dumps(record | {"key": "of another version"}))
@@ -1030,7 +1089,7 @@ def test_a_conditional_model_is_measured_class_by_class(make, monkeypatch, bad_i
     labels = class_balanced_labels(8, 4)
     images = pipeline.sample(labels)
     again = per_class.evaluate_per_class(images, labels, pipeline.sets, pipeline.extractor())
-    of = ("weights_key", "extractor_sha256", "version", "n")
+    of = ("weights_key", "extractor_sha256", "version", "n", "held_out_sha256", "classes")
     assert {**again, **{name: result[name] for name in of}} == result
     assert result["weights_key"] == pipeline.weights_key() and result["n"] == 4
     files = {path.name for path in pipeline.out.glob("per_class.*")}

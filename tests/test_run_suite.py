@@ -375,7 +375,7 @@ def test_stop_ends_kernels(tmp_path):
         time.sleep(0.2)
         kernels = [k for p in list(runner.processes.values()) for k in run_suite._kernels(p)]
     runner.stop()
-    thread.join(30)
+    thread.join()
     assert causes and kernels
     assert not any(kernel.is_running() and kernel.status() != "zombie" for kernel in kernels)
 

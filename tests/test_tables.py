@@ -117,6 +117,32 @@ def test_a_seed_that_comes_twice_is_refused():
         results_table([record(0), record(1), record(1, 120.0)])
 
 
+def test_two_versions_of_the_metrics_are_refused(bad_input):
+    runs = [record(seed, measured={"metrics_version": 2 + seed}) for seed in range(2)]
+    with bad_input("ddpm best seed 0 and ddpm best seed 1", "different versions of the metrics"):
+        results_table(runs)
+    assert results_table([runs[0], record(1, measured={"metrics_version": 2})])[0]["seeds"] == 2
+
+
+def test_trainings_by_two_versions_of_the_code_are_refused(bad_input):
+    runs = [record(seed, versions={"code": 1 + seed}) for seed in range(2)]
+    with bad_input("ddpm best", "different versions of the code (1 and 2)"):
+        results_table(runs)
+    other = runs[1] | {"model": "cvae"}  # what they share is the measure, not the training
+    assert len(results_table([runs[0], other])) == 2
+
+
+def test_agreement_by_two_classifiers_is_refused(bad_input):
+    runs = [record(0), record(1, model="cvae")]
+    for run, sha256 in zip(runs, "ab"):
+        run["metrics"]["agreement"] = {"agreement": 0.9, "classifier_sha256": sha256}
+    with bad_input("different classifiers"):
+        results_table(runs)
+    floor = metrics() | {"agreement": runs[1]["metrics"]["agreement"]}
+    with bad_input("different classifiers"):
+        results_table(runs[:1], floor)
+
+
 def test_two_configurations_under_one_name_are_refused():
     with pytest.raises(InputError, match=r"ddpm best on BloodMNIST.*different configurations"):
         results_table([record(0), record(1, config={"epochs": 10})])
@@ -205,7 +231,7 @@ def test_a_reduced_conditional_run_must_be_recognised():
     def runs(*agreements):
         group = [record(seed, budget="reduced") for seed in range(3)]
         for r, agreement in zip(group, agreements, strict=True):
-            r["metrics"]["agreement"] = {"agreement": agreement}
+            r["metrics"]["agreement"] = {"agreement": agreement, "classifier_sha256": "0"}
         return group
 
     (row,) = results_table(runs(0.81, 0.80, 0.79))
