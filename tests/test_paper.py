@@ -15,8 +15,9 @@ from PIL import Image
 from paper import build
 from utils import InputError
 
-# Names that hold digits. All other numbers in the text are looked up.
-NAMES = ("Inception-v3", "R3GAN", "CC BY 4.0", "sha256", "a4")
+# Names that hold digits, and the size of another's images. All other numbers in the text are looked
+# up.
+NAMES = ("Inception-v3", "R3GAN", "CC BY 4.0", "sha256", "a4", "128 pixels")
 # Numbers of the layout, with a unit, and keys of the bibliography.
 LAYOUT = r"(?<![\w.])\d+(\.\d+)?(pt|cm|em|fr|%)"
 KEY = r"@[A-Za-z]+\d{4}\w*"
@@ -142,13 +143,14 @@ def test_new_rows_appear(copy):
     ]
     write_rows(path, rows)
     folder = copy / "results/runs/cwgan_gp-best"
-    shutil.rmtree(folder, ignore_errors=True)
+    record = (folder / "seed0/record.json").read_text()
+    shutil.rmtree(folder)
     small = copy / "results/runs/ddpm-best_small/seed0/record.json"
     small.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(source, small)
     for seed in range(3):
         (folder / f"seed{seed}").mkdir(parents=True)
-        shutil.copy(source, folder / f"seed{seed}" / "record.json")
+        (folder / f"seed{seed}" / "record.json").write_text(record)
     text = words(copy)
     assert "45.7 ± 1.3 (three trainings)" in text
     assert "For the cWGAN-GP best it is: copies (3)." in text
