@@ -15,11 +15,14 @@ from PIL import Image
 from paper import build
 from utils import InputError
 
-# Names that hold digits. All other numbers in the text are looked up.
-NAMES = ("Inception-v3", "R3GAN", "CC BY 4.0", "sha256", "a4")
+# Names that hold digits, and the size of another's images. All other numbers in the text are looked
+# up.
+NAMES = ("Inception-v3", "R3GAN", "CC BY 4.0", "sha256", "a4", "128 pixels")
 # Numbers of the layout, with a unit, and keys of the bibliography.
 LAYOUT = r"(?<![\w.])\d+(\.\d+)?(pt|cm|em|fr|%)"
 KEY = r"@[A-Za-z]+\d{4}\w*"
+# Two presets with several trainings each.
+PAIR = (("dcgan", "best"), ("cvae", "best"))
 
 
 def prose(text: str) -> str:
@@ -142,17 +145,44 @@ def test_new_rows_appear(copy):
     ]
     write_rows(path, rows)
     folder = copy / "results/runs/cwgan_gp-best"
-    shutil.rmtree(folder, ignore_errors=True)
+    record = (folder / "seed0/record.json").read_text()
+    shutil.rmtree(folder)
     small = copy / "results/runs/ddpm-best_small/seed0/record.json"
     small.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(source, small)
     for seed in range(3):
         (folder / f"seed{seed}").mkdir(parents=True)
-        shutil.copy(source, folder / f"seed{seed}" / "record.json")
+        (folder / f"seed{seed}" / "record.json").write_text(record)
     text = words(copy)
     assert "45.7 ± 1.3 (three trainings)" in text
     assert "For the cWGAN-GP best it is: copies (3)." in text
     assert "the critic is a projection" in text and "follow EDM" in text
+
+
+@pytest.mark.parametrize(("sd", "told"), [("0.5", True), ("1.5", False), ("", False)])
+def test_orders_of_two_networks_are_told_with_their_spread(copy, sd, told):
+    """By means alone; beyond the spread only where both presets have several trainings."""
+    path = copy / "results/results.csv"
+    with open(path, newline="") as file:
+        floor, *rows = csv.DictReader(file)
+    first, second = (row for row in rows if (row["model"], row["preset"]) in PAIR)
+    for row, far, near in ((first, "100", "5"), (second, "200", "4")):
+        row |= {"frechet_mean": far, "frechet_sd": "9", "domain_frechet_mean": near}
+        row["domain_frechet_sd"] = sd
+    write_rows(path, [floor, first, second])
+    text = words(copy)
+    assert "put one of one pair of presets into different orders: " in text
+    assert ("farther apart than either standard deviation in one: " in text) == told
+    assert ("In none of these do both networks" in text) != told
+
+
+def test_generators_at_a_reduced_budget_have_a_table_of_their_own(copy):
+    path = copy / "results/augmentation/generators.csv"
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert "for generators at a reduced budget" in words(copy)
+    write_rows(path, [row for row in rows if row["budget"] == "full"])
+    assert "for generators at a reduced budget" not in words(copy)
 
 
 def test_optional_parts_are_left_out(copy):
