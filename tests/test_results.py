@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import re
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -143,6 +144,16 @@ def test_kept_notebooks_hold_no_paths_of_a_machine(path):
     assert not re.search(r"/(work|home|root|Users)/|/tmp/ipykernel", path.read_text())
 
 
+NUMBERS = dict(enumerate(["no", "one", "two", "three", "four", "five"]))
+ORDINALS = {4: "fourth", 5: "fifth", 11: "eleventh"}
+
+
+def first_blind_epoch(history: list[dict]) -> int:
+    """From which on D rates real and generated images alike, to two hundredths."""
+    apart = [row["epoch"] for row in history if abs(row["D(x)"] - row["D(G(z)) before"]) > 0.02]
+    return max(apart) + 1
+
+
 def test_the_readmes_words_have_the_numbers_of_the_records():
     words = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     rows = json.loads((RESULTS / "numbers" / "resize.json").read_text())["rows"]
@@ -155,10 +166,22 @@ def test_the_readmes_words_have_the_numbers_of_the_records():
     one, other = (round(r["metrics"]["frechet_distance"]) for r in dcgan)
     assert f"the DCGAN's two as `best` lie at {one} and {other}." in words
     runs = [r for r in RECORDS[RESULTS] if (r["model"], r["preset"]) == ("dcgan", "baseline")]
-    distances = [round(r["metrics"]["frechet_distance"]) for r in runs]
-    domain = [round(r["metrics"]["domain"]["frechet_distance"]) for r in runs]
-    assert "the two lie at {:,} and {:,}, on those of a".format(*distances) in words
-    assert "classifier of blood cells at {} and {}, the".format(*domain) in words
+    distances = [r["metrics"]["frechet_distance"] for r in runs]
+    domain = [r["metrics"]["domain"]["frechet_distance"] for r in runs]
+    assert f"they lie between {min(distances):,.0f} and {max(distances):,.0f}, on those" in words
+    assert f"of blood cells between {min(domain):.0f} and {max(domain):.0f}, and the" in words
+    assert distances.index(min(distances)) == domain.index(max(domain)) == 1
+    blind = [first_blind_epoch(r["history"]) for r in runs]
+    assert f"In all {NUMBERS[len(runs)]} trainings its" in words
+    assert f"from the {ORDINALS[min(blind)]} to the {ORDINALS[max(blind)]} epoch on." in words
+    for model in ("cvae", "dcgan"):
+        of = Counter(r["preset"] for r in RECORDS[RESULTS] if r["model"] == model)
+        name, n, best = f"the {model.upper()}'s `baseline` over", of["baseline"], of["best"]
+        sentences = (
+            f"{name} {NUMBERS[n]} trainings and its `best` over {NUMBERS[best]},",
+            f"{name} {NUMBERS[n]} and its `best` over {NUMBERS[best]},",
+        )
+        assert any(sentence in words for sentence in sentences)
     runs = [r for r in RECORDS[RESULTS] if (r["model"], r["preset"]) == ("ddpm", "best_small")]
     (row,) = tables.results_table(runs)
     real = tables.floor_of(runs)
