@@ -683,8 +683,10 @@ def _markdown(rows: list[dict]) -> str:
     trust = [c for c in TRUST if any(row[f"{c.name}_mean"] is not None for row in rows)]
     if trust:
         parts += ["Other eyes, classes and copies:", _one_table(rows, trust, verdict=True)]
-        words = " ".join(TRUST_WORDS[c.name] for c in trust if c.name in TRUST_WORDS)
-        parts.append(words.format(n_domain=max(row["n_domain"] or 0 for row in rows)))
+        n_domain = max(row["n_domain"] or 0 for row in rows)
+        words = [TRUST_WORDS[c.name].split(": ", 1) for c in trust if c.name in TRUST_WORDS]
+        lines = [f"- **{name}**: {meaning}" for name, meaning in words]
+        parts.append("\n".join(lines).format(n_domain=n_domain))
     machines = sorted({name for row in rows for name in row["trained_on"].split("; ") if name})
     if len(machines) > 1:
         parts.append(f"Not all were trained on the same device: {'; '.join(machines)}.")
@@ -756,7 +758,7 @@ README_START, README_END = "<!-- results:", "<!-- end of results -->"
 
 
 def update_readme(readme: str | Path, folder: str | Path) -> None:
-    """Put the tables of `folder`, as written, between the README's two marks.
+    """Put the tables of `folder` between the README's two marks; what they say twice, once.
 
     Raises InputError where a mark or the main table is missing.
     """
@@ -767,15 +769,16 @@ def update_readme(readme: str | Path, folder: str | Path) -> None:
         raise InputError(f"{readme} lacks the marks {README_START!r} and {README_END!r}")
     if not (folder / "results.md").is_file():
         raise InputError(f"{folder / 'results.md'} does not exist; run compare_models first")
-    parts = [
-        start + mark.splitlines()[0] + "\n",
-        (folder / "results.md").read_text(encoding="utf-8"),
-    ]
+    blocks = (folder / "results.md").read_text(encoding="utf-8").rstrip().split("\n\n")
     if (folder / "results_reduced.md").is_file():
-        parts.append("Runs at a reduced budget, which never share a table with full ones:\n")
-        parts.append((folder / "results_reduced.md").read_text(encoding="utf-8"))
-    text = before + "\n".join(parts) + "\n" + end + after
-    write_text(readme, text)
+        reduced = (folder / "results_reduced.md").read_text(encoding="utf-8").rstrip().split("\n\n")
+        blocks = [
+            *blocks,
+            "Runs at a reduced budget, which never share a table with full ones; else as above:",
+            *(block for block in reduced if block not in blocks or block.endswith(":")),
+        ]
+    text = "\n\n".join([start + mark.splitlines()[0], *blocks, end])
+    write_text(readme, before + text + after)
 
 
 if __name__ == "__main__":

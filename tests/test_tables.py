@@ -15,6 +15,7 @@ from evaluation.tables import (
     per_class_table,
     results_table,
     split_by_budget,
+    update_readme,
     write_per_class_table,
     write_table,
 )
@@ -420,6 +421,23 @@ def test_header_names_another_extractor_and_notes_stand_in_the_row(tmp_path):
     note = "not measured (2 of 3 seeds)"
     assert f"| ddpm | best | 2 | 1,000 | {note} | – | – | – | – | – | – |" in text
     assert "100.0" not in text and "0.75" not in text
+
+
+def test_a_readme_says_what_two_tables_share_once(tmp_path, bad_input):
+    (tmp_path / "results.md").write_text("| full |\n\nOf cells.\n\nOthers:\n\n| others |\n")
+    (tmp_path / "results_reduced.md").write_text("| small |\n\nOf cells.\n\nOthers:\n\n| 2 |\n")
+    readme = tmp_path / "README.md"
+    readme.write_text("# A\n\n<!-- results: -->\nold\n<!-- end of results -->\n\nAfter.\n")
+    for _ in range(2):
+        update_readme(readme, tmp_path)
+        text = readme.read_text()
+        assert text.startswith("# A\n\n<!-- results: -->\n\n| full |\n\nOf cells.\n\nOthers:")
+        assert "never share a table with full ones; else as above:\n\n| small |\n\nOthers:" in text
+        assert text.endswith("| 2 |\n\n<!-- end of results -->\n\nAfter.\n")
+        assert "old" not in text and text.count("Of cells.") == 1
+    readme.write_text("# A\n")
+    with bad_input(str(readme), "lacks the marks"):
+        update_readme(readme, tmp_path)
 
 
 def test_an_empty_table_is_refused(tmp_path):
