@@ -87,7 +87,9 @@ test: $(INSTALLED)
 	$(RUN) -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 clean:
-	rm -rf results/demo .cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf results/demo .pytest_cache .ruff_cache .hypothesis
+# Not the classifiers: those trained anew are others, and no table may mix their words.
+	find .cache -mindepth 1 -maxdepth 1 ! -name classifiers -exec rm -rf {} + 2>/dev/null || true
 	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
 
 # The stamp is newer than requirements.txt once everything is installed: then pip is not called,

@@ -10,6 +10,7 @@ it behind their names, such as MODEL-PRESET-pbc64.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -308,7 +309,7 @@ def ship_all(results: str | Path, out: str | Path) -> None:
     """Ship seed 0 of each model's `best` run, or of its stand-in; one without both is named.
 
     Runs of other data sets and sizes, in folders such as RESULTS/pbc64, are shipped where there are
-    any.
+    any; those of one's own images are not, which may be of patients.
     """
     others = sorted(folder.parent for folder in Path(results).glob("*[0-9]/runs"))
     for page in (Path(results), *others):
@@ -319,12 +320,20 @@ def ship_all(results: str | Path, out: str | Path) -> None:
                 run
                 for run in runs
                 if (run / "weights.pt").exists() and (run / "record.json").exists()
+                and not _of_own_images(run)
             ]
             if finished:
                 path = ship(finished[0], out, f"-{page.name}" if page in others else "")
                 print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
             elif runs and page not in others:
                 print(f"{model}: not finished, {runs[0]} lacks weights.pt or record.json")
+
+
+def _of_own_images(run: Path) -> bool:
+    with contextlib.suppress(ValueError):  # `ship` says what is wrong with it
+        record = json.loads((run / "record.json").read_text(encoding="utf-8"))
+        return record["dataset"]["source"] == "folder"
+    return False
 
 
 def draw_all(folder: str | Path, out: str | Path, seed: int) -> None:

@@ -17,7 +17,6 @@ import dataclasses
 import hashlib
 import json
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch.optim.swa_utils import AveragedModel
 
 from custom_models import MODELS, make_config
@@ -106,7 +106,7 @@ class GenerativePipeline:
         self.name, self.preset, self.seed = model, preset, seed
         self.dataset = sets["train"].name if sets else dataset
         self.config = make_config(model, preset, **settings)
-        self.out = Path(out or run_folder(RESULTS, model, preset, seed))
+        self.out = Path(out or run_folder(RESULTS, model, preset, seed)).expanduser()
         self.device = pick_device(device)
         self.precision = pick_precision(precision, self.device)
         self._checkpoint_path, self.log_dir = checkpoint_path, log_dir
@@ -195,11 +195,14 @@ class GenerativePipeline:
 
         A finished training, whose weights were kept, is loaded. Data order and noise are functions
         of (seed, step), so that a resumed training equals an uninterrupted one. Raises InputError
-        if the loss stops being finite.
+        if the loss stops being finite, and where another process trains in the same folder.
         """
         self.check_folder()
-        if self.load_weights():
-            return
+        if not self.load_weights():
+            with _alone_in(self.out):
+                self._train()
+
+    def _train(self) -> None:
         if self.load_checkpoint() and self.step < self.total_steps:
             print(f"going on after epoch {len(self.history)} from {self.checkpoint_path}")
         writer = self._tensorboard()
@@ -816,6 +819,24 @@ def has_bfloat16_instructions() -> bool:
 
 
 @contextlib.contextmanager
+def _alone_in(folder: Path):
+    """Two processes that train one run would leave the record of one beside the other's weights."""
+    lock = FileLock(folder / "training.lock", timeout=0)
+    with _writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise InputError(
+                f"another process trains in {folder}; wait for its end, or choose another folder"
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
 def _writing_to(folder: str | Path):
     """Turn what TensorBoard raises where it cannot write into one sentence."""
     try:
@@ -841,17 +862,23 @@ def _deterministic_on(device: torch.device):
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
+def _peak_memory() -> int | None:
+    """Bytes of this process; None on Windows, which does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
 def describe_machine(device: torch.device) -> dict:
     """Device, threads, memory, versions and commit of this process: plain types."""
-    peak = (
-        torch.cuda.max_memory_allocated(device) / 2**20
-        if device.type == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    )
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_memory()
     return {
         "device": describe_device(device),
         "threads": torch.get_num_threads(),
-        "peak_memory_mib": round(peak),
+        "peak_memory_mib": None if peak is None else round(peak / 2**20),
         "versions": {
             "python": platform.python_version(),
             "torch": str(torch.__version__),

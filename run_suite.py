@@ -40,7 +40,7 @@ from custom_models.ablations import GRIDS, Ablation
 from custom_models.classifiers import make_classifier
 from custom_models.config import parse_settings
 from evaluation import augmentation, figures
-from evaluation.gallery import write_gallery
+from evaluation.gallery import check_page, write_gallery
 from evaluation.tables import REDUCED_SEEDS, ablation_table, collect, write_ablation_table
 from evaluation.train_on_generated import (
     may_be_shown,
@@ -170,7 +170,9 @@ def check(options: argparse.Namespace) -> None:
             raise InputError(f"--{name} must be at least 1, got {number}")
     if options.seeds is None and not options.remeasure:
         options.seeds = 1 if options.study else 3 if options.ablations else 5
-    options.out = Path(options.out).resolve()
+    options.out = Path(options.out).expanduser().resolve()
+    if not (options.study or options.ablations):
+        check_page(options.out)
     data_root = options.data_root or os.environ.get("DATA_ROOT")
     extractor = options.extractor or os.environ.get("EXTRACTOR")
     if data_root:
@@ -784,6 +786,11 @@ def _cause(notebook: Path, log: str, code: int, kernel_gone: bool) -> str:
     return lines[-1] if lines else f"papermill ended with exit code {code}"
 
 
+def _takes_a_gpu(task: Task) -> bool:
+    """Whether it trains a diffusion model at its full length."""
+    return task.source.stem == "ddpm" and task.parameters["preset"] in ("baseline", "best")
+
+
 def run_all(tasks: list[Task], jobs: int) -> dict[Task, str]:
     """Execute all tasks, with a bar and a line for each; returns the causes of those that failed.
 
@@ -891,6 +898,15 @@ def main(arguments: list[str] | None = None) -> int:
         f"{len(done) + len(to_do)} runs: {len(done)} finished before, {len(to_do)} to do",
         flush=True,
     )
+    slow = [task for task in to_do if _takes_a_gpu(task)]
+    slow = slow if pick_device(options.device).type == "cpu" else []
+    if slow:
+        to_do = [task for task in to_do if task not in slow] + slow
+        print(
+            "diffusion takes about a day for each seed on a CPU, and comes last; leave it out with "
+            "--models (MODELS= of make)",
+            flush=True,
+        )
     # An end by SIGTERM must pass through the clean-up, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     failures = run_all(to_do, options.jobs) if to_do else {}

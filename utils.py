@@ -155,6 +155,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("CACHE_ROOT") or Path(__file__).parent / ".cache")
 
 
+def write_to_cache(path: Path, write) -> None:
+    """As `write_atomically`; where that can't be, all goes on, and is computed again next time."""
+    with contextlib.suppress(InputError):
+        write_atomically(path, write)
+
+
 def files_below(folder: str | Path) -> list[Path]:
     """All files in a folder and its sub-folders, linked ones too, sorted by their paths."""
     walk = os.walk(folder, followlinks=True)  # rglob leaves linked folders out
@@ -325,7 +331,10 @@ def _load_bloodmnist(root: Path, size: int, split: str):
 
 
 def _download_bloodmnist(root: Path, size: int, path: Path) -> None:
-    help_text = f"set DATA_ROOT (or --data-root) to the folder that holds {path.name}"
+    help_text = (
+        f"get it from MedMNIST's page, medmnist.com, or set DATA_ROOT (or --data-root) to the "
+        f"folder that holds {path.name}"
+    )
     try:
         import medmnist
     except ImportError:
@@ -349,7 +358,8 @@ def _download_of(path: Path, help_text: str):
     except InputError:
         raise
     except Exception as error:  # every downloader has errors of its own
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        lines = (line.strip() for line in str(error).splitlines())
+        reason = next(filter(None, lines), type(error).__name__)
         raise InputError(f"{path} does not exist and its download failed ({reason}); {help_text}")
 
 
@@ -552,7 +562,7 @@ def _cached(folder: str, fingerprint: str, size: int, resize) -> np.ndarray:
         return np.load(cached, mmap_mode="r")
     except (OSError, ValueError, EOFError):
         images = resize()
-        write_atomically(cached, lambda path: _save_array(path, images))
+        write_to_cache(cached, lambda path: _save_array(path, images))
         return images
 
 

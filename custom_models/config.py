@@ -22,7 +22,8 @@ class ModelConfig:
     n_classes: int = 8  # decided by the data
     epochs: int = 100  # passes over the training images
     batch_size: int = 128  # images of one update
-    ema_decay: float = 0.0  # of the weights' running mean, in [0, 1); 0: none
+    # At first (1 + n) / (10 + n) after n updates, which reaches 0.999 only after 8,990.
+    ema_decay: float = 0.0  # the largest of the weights' running mean, in [0, 1); 0: none
     flips_and_turns: bool = False  # show each image in one of its eight flips and turns, at random
     validation_epochs: int = 0  # epochs between validation KIDs; 0: the last step is kept
 

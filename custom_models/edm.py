@@ -133,7 +133,7 @@ SAMPLING_VARIANTS = (
 # both shifts in units of their standard deviations.
 AUGMENTATION_FEATURES = 6
 LOG2_SCALE_SD = 0.2
-SHIFT_SD = 0.125  # of half the image's side
+SHIFT_SD = 0.25  # of half the image's side, in which positions are counted: an eighth of it
 
 
 def augment(images: Tensor, probability: float) -> tuple[Tensor, Tensor]:

@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
         own = name if name in ("domain", "demo") else None
         extractor = load_extractor(options.extractor or own, device)
     name = Path(options.images).resolve().name.removesuffix(".npz")
-    out = Path(options.out or Path("judged") / name)
+    out = Path(options.out or Path("judged") / f"{name}-{Path(options.reference).stem}")
     own = {"images": Path(options.images).name, "sha256": sha256_of(images)}
     _refuse_other_images(out / "record.json", own)
 

@@ -17,7 +17,7 @@ from utils import (
     cache_folder,
     progress,
     to_model_range,
-    write_atomically,
+    write_to_cache,
 )
 
 # Of the classifier that is trained on the spot. Raise the version with any change to it.
@@ -92,7 +92,7 @@ def train_classifier(
             # Runs side by side may all come here, and no two GPU trainings are equal: the first
             # one's network serves them all.
             if not path.exists():
-                write_atomically(path, lambda partial: torch.save(state, partial))
+                write_to_cache(path, lambda partial: torch.save(state, partial))
             network.load_state_dict(torch.load(path, map_location=device, weights_only=True))
     digest = hashlib.sha256()
     for value in network.state_dict().values():

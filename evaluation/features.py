@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from utils import InputError, cache_folder, progress, write_atomically
+from utils import InputError, cache_folder, progress, write_to_cache
 
 DEMO_FILE = Path(__file__).with_name("demo_extractor.pt")
 DOMAIN_FILE = Path(__file__).with_name("domain_extractor.pt")
@@ -114,7 +114,7 @@ def extract(
     features = _read_cache(cached, (len(images), extractor.dim))
     if features is None:
         features = _compute(images, extractor, desc)
-        write_atomically(cached, lambda path: torch.save(features, path))
+        write_to_cache(cached, lambda path: torch.save(features, path))
     return features
 
 

@@ -15,7 +15,7 @@ from evaluation.protocol import Protocol
 from evaluation.tables import BUDGETS, collect, record_paths, results_table, run_table
 from utils import InputError, exit_on_bad_input, write_text
 
-PAGE = "README.md"
+PAGE, MADE_BY = "README.md", "Made by `python -m evaluation.gallery`"
 COMPARISONS = {
     "comparison.png": "Real cells beside those of the published presets and their stand-ins, the "
     "first that were drawn.",
@@ -74,7 +74,7 @@ def gallery(results: str | Path) -> str:
         raise InputError(f"{results / 'runs'} holds no record.json; train a model first")
     parts = [
         "# Results, with pictures",
-        "Made by `python -m evaluation.gallery` from the records and pictures in this folder; do "
+        f"{MADE_BY} from the records and pictures in this folder; do "
         "not edit by hand. What was not run, or not kept, is not shown.",
         _contents(results, runs),
         "## All models",
@@ -91,10 +91,24 @@ def gallery(results: str | Path) -> str:
 
 
 def write_gallery(results: str | Path) -> Path:
-    """Write the page into the folder, as README.md; returns its path."""
+    """Write the page into the folder, as README.md; returns its path.
+
+    Raises InputError where that is another page.
+    """
+    check_page(results)
     page, text = Path(results) / PAGE, gallery(results)
     write_text(page, text)
     return page
+
+
+def check_page(results: str | Path) -> None:
+    """Refuse a folder whose README.md is not this page."""
+    page = Path(results) / PAGE
+    if page.exists() and MADE_BY not in page.read_text(encoding="utf-8"):
+        raise InputError(
+            f"{page} is another page, which the one with all pictures would replace; choose "
+            "another folder"
+        )
 
 
 # ---------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from evaluation.agreement import (
 from evaluation.copies import Suspects, find_copies
 from evaluation.features import DOMAIN_FILE, Extractor
 from evaluation.reference import Reference, channel_means, make_reference
-from utils import ImageSet, cache_folder, write_text
+from utils import ImageSet, cache_folder, write_to_cache
 
 VALIDATION_FREQUENCIES = "validation frequencies"
 
@@ -90,7 +90,7 @@ def floor(
         result["copies"], _ = find_copies(half, train.images, other, extractor)
         result |= _by_classifier(held_out.images, held_out.labels, sets, classifier)
         text = json.dumps(result)
-        write_text(path, text)
+        write_to_cache(path, lambda partial: partial.write_text(text, encoding="utf-8"))
         return result
 
 

@@ -503,8 +503,8 @@ def _check_same_classifier(metrics: list[dict]) -> None:
     """Refuse class agreement by several classifiers: of most data, each machine trains its own."""
     if len({m["agreement"]["classifier_sha256"] for m in metrics if "agreement" in m}) > 1:
         raise InputError(
-            "the class agreement of these runs was measured by different classifiers; measure them "
-            "on one machine"
+            "the class agreement of these runs was measured by different classifiers; delete the "
+            "record.json of the older ones and run the command that trained them again"
         )
 
 

@@ -470,6 +470,18 @@ def test_a_stand_in_is_shipped_until_best_is_finished(tmp_path, monkeypatch):
     assert given == runs
 
 
+def test_models_of_ones_own_images_are_not_shipped(pipelines, tmp_path):
+    results = tmp_path / "results"
+    for page in (results, results / "mine28"):
+        run = run_folder(page, "cvae", "best", 0)
+        shutil.copytree(pipelines["cvae"].out, run)
+    record = json.loads((run / "record.json").read_text())
+    record["dataset"]["source"] = "folder"
+    (run / "record.json").write_text(json.dumps(record))
+    checkpoints.ship_all(results, tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").glob("*.safetensors")] == ["cvae-best.safetensors"]
+
+
 def test_other_data_sets_are_in_the_files_names(pipelines, tmp_path, capsys):
     for page in (tmp_path / "results", tmp_path / "results" / "pbc64"):
         for name, pipeline in pipelines.items():

@@ -224,7 +224,8 @@ def test_every_folder_has_a_place_of_its_own(tiny_arrays, arguments, tmp_path, m
     for scale in ("1.0", "1.5"):
         folder = write_folder(tmp_path / f"scale_{scale}", tiny_arrays["test_images"][:12])
         main([str(folder), *arguments])
-        assert (tmp_path / "judged" / f"scale_{scale}" / "record.json").is_file()
+        reference = Path(arguments[arguments.index("--reference") + 1]).stem
+        assert (tmp_path / "judged" / f"scale_{scale}-{reference}" / "record.json").is_file()
 
 
 def test_the_record_of_other_images_is_left_alone(tiny_arrays, arguments, tmp_path, bad_input):

@@ -46,6 +46,13 @@ def value(results: Path, run: str, seed: int) -> float:
 # ---------------------------------------------------------------------------------------------
 
 
+def test_another_page_is_left_alone(tmp_path, bad_input):
+    (tmp_path / "README.md").write_text("My project")
+    with bad_input(str(tmp_path / "README.md"), "is another page", "choose another folder"):
+        gallery.write_gallery(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "My project"
+
+
 def test_the_kept_page_is_up_to_date():
     assert PAGE.read_text(encoding="utf-8") == gallery.gallery(RESULTS), (
         "run `python -m evaluation.gallery results`"

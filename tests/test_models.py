@@ -261,7 +261,8 @@ def test_ddpm_baseline_is_the_published_one():
     assert not any("Norm" in kind.__name__ for kind in types(model))
 
 
-def test_cwgan_gp_baseline_is_the_published_one():
+def test_settings_of_the_cwgan_gp_baseline():
+    # Published: seven critic updates, and a mean over nine patches in place of one score.
     model = build("cwgan_gp", "baseline")
     optimizers = model.optimizers()
     assert adam_settings(optimizers["critic"]) == (1e-4, (0.0, 0.9))

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
@@ -921,6 +922,17 @@ def test_a_folder_with_another_run_is_left_alone(make, trained, tmp_path, bad_in
     with bad_input(str(trained.record_path), "is of another run", "extractor_sha256", "(out)"):
         other.evaluate()
     assert trained.record_path.read_bytes() == before
+
+
+def test_two_processes_do_not_train_in_one_folder(make, bad_input):
+    pipeline = make()
+    pipeline.out.mkdir()
+    with FileLock(pipeline.out / "training.lock"):
+        with bad_input("another process trains in", str(pipeline.out)):
+            pipeline.train()
+        assert pipeline.step == 0
+    pipeline.train()
+    assert pipeline.step == pipeline.total_steps
 
 
 def test_finished_weights_count_for_more_than_a_checkpoint_of_half_the_way(make, trained):

@@ -173,7 +173,7 @@ def test_the_readmes_words_have_the_numbers_of_the_records():
     assert distances.index(min(distances)) == domain.index(max(domain)) == 1
     blind = [first_blind_epoch(r["history"]) for r in runs]
     assert f"In all {NUMBERS[len(runs)]} trainings its" in words
-    assert f"from the {ORDINALS[min(blind)]} to the {ORDINALS[max(blind)]} epoch on." in words
+    assert f"from the {ORDINALS[min(blind)]} to the {ORDINALS[max(blind)]} epoch on;" in words
     for model in ("cvae", "dcgan"):
         of = Counter(r["preset"] for r in RECORDS[RESULTS] if r["model"] == model)
         name, n, best = f"the {model.upper()}'s `baseline` over", of["baseline"], of["best"]

@@ -386,3 +386,18 @@ def test_papermill_that_waits_for_a_dead_kernel_is_ended(monkeypatch):
     process = subprocess.Popen([sys.executable, "-c", code], env=os.environ)
     assert run_suite._watch(process) is True
     assert process.returncode is not None
+
+
+def test_diffusion_comes_last_on_a_cpu(tmp_path, monkeypatch, capsys):
+    """At its full length it takes a day, and the others would wait for it."""
+    order = []
+    monkeypatch.setattr(run_suite, "run_all", lambda tasks, jobs: order.extend(tasks) or {})
+    arguments = ["--models", "ddpm", "cvae", "--seeds", "2", "--dataset", "demo", "--device", "cpu"]
+    arguments += ["--extractor", "demo", "--out", str(tmp_path / "results")]
+    assert run_suite.main(arguments) == 0
+    assert [task.source.stem for task in order] == ["cvae", "cvae", "ddpm", "ddpm"]
+    assert "about a day for each seed on a CPU, and comes last" in capsys.readouterr().out
+    order.clear()
+    assert run_suite.main([*arguments, "--preset", "quick"]) == 0
+    assert [task.source.stem for task in order] == ["ddpm", "cvae", "ddpm", "cvae"]
+    assert "a day" not in capsys.readouterr().out

@@ -153,6 +153,22 @@ def test_a_zip_with_even_classes_twice(example, tmp_path, capsys):
     run_cells(**parameters)
     assert "6 files: " in capsys.readouterr().out
     assert [path.stat().st_mtime_ns for path in kept] == before
+    with pytest.raises(InputError, match="drawn by other weights, or in another number; delete it"):
+        run_cells(**parameters, per_class=TINY["per_class"] + 1)
+    assert [path.stat().st_mtime_ns for path in kept] == before
+
+
+def test_the_list_of_test_images_stays_that_of_the_training(folder, tmp_path, capsys):
+    """Else it would call images that the generator has learned from test images."""
+    parameters = {"data_dir": str(folder), "out": tmp_path / "out"}
+    run_cells(**parameters)
+    kept = (tmp_path / "out" / "real_images.csv").read_bytes()
+    images = [path.relative_to(folder).as_posix() for path in folder.rglob("*.png")]
+    lines = ["file,patient", *(f"{name},P{n % 9}" for n, name in enumerate(sorted(images)))]
+    (folder / "patients.csv").write_text("\n".join(lines))
+    with pytest.raises(InputError, match="is of another run: dataset_sha256"):
+        run_cells(**parameters)
+    assert (tmp_path / "out" / "real_images.csv").read_bytes() == kept
 
 
 @pytest.fixture
