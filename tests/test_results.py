@@ -296,7 +296,7 @@ def test_the_readmes_words_on_usefulness_have_the_numbers_of_the_records():
         f"has a balanced accuracy of {mean['cwgan_gp', 'best']} on the real test cells (one",
         f"at eighteen times the distance, {mean['cwgan_gp', 'baseline']} (one), about as with",
         f"`best_small`, {mean['ddpm', 'best_small']} ± {sd['ddpm', 'best_small']} (three, at",
-        f"CVAE's `best` {mean['cvae', 'best']} (four)",
+        f"CVAE's `best` {mean['cvae', 'best']} (five)",
         f"As many real cells give {mean['real cells', '']}:",
     ):
         assert sentence in words
