@@ -833,6 +833,8 @@ def _alone_in(folder: Path):
     try:
         yield
     finally:
+        with contextlib.suppress(OSError):  # Windows removes no open file
+            Path(lock.lock_file).unlink()
         lock.release()
 
 
