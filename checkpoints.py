@@ -330,7 +330,7 @@ def ship_all(results: str | Path, out: str | Path) -> None:
 
 
 def _of_own_images(run: Path) -> bool:
-    with contextlib.suppress(ValueError):  # `ship` says what is wrong with it
+    with contextlib.suppress(ValueError, KeyError, TypeError):  # `ship` says what is wrong
         record = json.loads((run / "record.json").read_text(encoding="utf-8"))
         return record["dataset"]["source"] == "folder"
     return False

@@ -93,7 +93,8 @@ def train_classifier(
             # one's network serves them all.
             if not path.exists():
                 write_to_cache(path, lambda partial: torch.save(state, partial))
-            network.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+            if path.exists():
+                network.load_state_dict(torch.load(path, map_location=device, weights_only=True))
     digest = hashlib.sha256()
     for value in network.state_dict().values():
         digest.update(value.cpu().contiguous().numpy())

@@ -1,6 +1,7 @@
 """Agreement of a classifier with the classes that were asked for."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -203,6 +204,15 @@ def test_it_is_trained_once_for_each_data_set(empty_cache, monkeypatch):
     assert train_classifier(train, val).sha256 == first.sha256
     assert train_classifier(shades("train", 99), val).sha256 != first.sha256
     assert len(list((empty_cache / "classifiers").iterdir())) == 2
+
+
+def test_a_classifier_is_used_where_it_can_t_be_kept(empty_cache, monkeypatch):
+    train, val = shades("train", 96), shades("val", 9)
+    kept = train_classifier(train, val)
+    shutil.rmtree(empty_cache)
+    monkeypatch.setattr(agreeing, "write_to_cache", lambda *_: None)
+    assert train_classifier(train, val).sha256 == kept.sha256
+    assert not list(empty_cache.rglob("*.pt"))
 
 
 def test_the_epoch_that_validation_likes_best_is_kept(empty_cache):
