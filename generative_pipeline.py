@@ -813,7 +813,7 @@ def pick_precision(name: str | None, device: torch.device) -> str:
 
 
 def has_bfloat16_instructions() -> bool:
-    """Whether this CPU multiplies in bfloat16 by itself, about twice as fast as in float32."""
+    """Whether this CPU multiplies in bfloat16 by itself, up to twice as fast as in float32."""
     capabilities = torch.cpu.get_capabilities()
     return capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
 

@@ -683,8 +683,8 @@ def split_by_patient(
     All dealings of patients to splits are tried where there are few patients, else some: patients
     are dealt out one by one, each to the split that lacks most of its images (every second time to
     one that lacks its class, if there is one), the largest first and then in orders drawn with
-    seed 0. Of those that leave no class out of a split the one is taken
-    whose farthest share is nearest. Raises InputError where there is none.
+    seed 0. Of those that leave no class out of a split the one is taken whose farthest share is
+    nearest. Raises InputError where there is none.
     """
     names, owners = np.unique(patients, return_inverse=True)
     counts = np.zeros((len(names), len(classes)))

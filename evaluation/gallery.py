@@ -74,8 +74,8 @@ def gallery(results: str | Path) -> str:
         raise InputError(f"{results / 'runs'} holds no record.json; train a model first")
     parts = [
         "# Results, with pictures",
-        f"{MADE_BY} from the records and pictures in this folder; do "
-        "not edit by hand. What was not run, or not kept, is not shown.",
+        f"{MADE_BY} from the records and pictures in this folder; do not edit by hand. What was "
+        "not run, or not kept, is not shown.",
         _contents(results, runs),
         "## All models",
         _links(results, results, TABLES),
@@ -104,7 +104,7 @@ def write_gallery(results: str | Path) -> Path:
 def check_page(results: str | Path) -> None:
     """Refuse a folder whose README.md is not this page."""
     page = Path(results) / PAGE
-    if page.exists() and MADE_BY not in page.read_text(encoding="utf-8"):
+    if page.exists() and MADE_BY not in page.read_text(encoding="utf-8", errors="replace"):
         raise InputError(
             f"{page} is another page, which the one with all pictures would replace; choose "
             "another folder"
