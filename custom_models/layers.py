@@ -104,8 +104,8 @@ class JPEG(nn.Module):
     """What storing an image as JPEG does to it, with a gradient: [-1, 1] → [-1, 1], [N, 3, S, S].
 
     The images of BloodMNIST were stored so before they became arrays, but for their chroma, which
-    was halved within the cosine transform (IJG libjpeg from version 7 on). A generator that ends in this
-    layer draws the cell and leaves the traces of the file format to the format, as a known
+    was halved within the cosine transform (IJG libjpeg from version 7 on). A generator that ends
+    in this layer draws the cell and leaves the traces of the file format to the format, as a known
     measurement is treated in AmbientGAN (Bora et al. 2018). Baseline JPEG with chroma at half the
     resolution, as Pillow writes and libjpeg reads it (ITU-T T.81; JFIF 1.02). Roundings pass their
     gradient on as if they were not there. quality: 1 to 100, of libjpeg's scale. Always float32.
