@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from custom_models import edm
 from custom_models.config import ModelConfig
-from custom_models.layers import update
+from custom_models.layers import cosine_decay, update
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Config(ModelConfig):
     beta_start: float = 1e-4  # variance of the noise that the first step adds
     beta_end: float = 0.02  # and the last; between them it rises evenly
     lr: float = 1e-4  # step size of Adam
+    decay_images: int = 0  # images over which lr falls to a fiftieth; 0: it stays, as published
     epochs: int = 500
     sampler: str = "ancestral"  # ancestral or ddim
     sampling_steps: int = 500  # of ddim; the ancestral sampler takes all T
@@ -29,6 +30,7 @@ class Config(ModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        self.require(self.decay_images >= 0, "decay_images", "at least 0")
         self.require(self.timesteps >= 2, "timesteps", "at least 2")
         self.require(0 < self.beta_start <= self.beta_end < 1, "beta_start", "in (0, beta_end]")
         self.require(self.sampler in ("ancestral", "ddim"), "sampler", "ancestral or ddim")
@@ -49,10 +51,11 @@ PRESETS = {
         Config(),
         channels=(32, 64, 128),
         lr=1e-3,
+        decay_images=320_000,
         ema_decay=0.999,
         flips_and_turns=True,
-        epochs=20,
-        validation_epochs=4,
+        epochs=30,
+        validation_epochs=6,
         sampler="ddim",
         sampling_steps=50,
     ),
@@ -148,7 +151,9 @@ class Model(nn.Module):
         self.register_buffer("alphas_cumprod", alphas_cumprod.float(), persistent=False)
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {"adam": torch.optim.Adam(self.unet.parameters(), lr=self.config.lr)}
+        # Kept by the optimiser, so that a resumed run goes on with the rate where it was.
+        group = {"params": self.unet.parameters(), "images_seen": 0}
+        return {"adam": torch.optim.Adam([group], lr=self.config.lr)}
 
     def diffuse(self, images: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
         """Equation (4): x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) ε."""
@@ -161,6 +166,11 @@ class Model(nn.Module):
         noise = torch.randn_like(images)
         predicted = self.unet(self.diffuse(images, timesteps, noise), timesteps)
         loss = F.mse_loss(predicted.float(), noise)
+        group = optimizers["adam"].param_groups[0]
+        group["images_seen"] += len(images)
+        if self.config.decay_images:
+            done = group["images_seen"] / self.config.decay_images
+            group["lr"] = self.config.lr * cosine_decay(done)
         update(optimizers["adam"], loss)
         return {"loss": loss}
 

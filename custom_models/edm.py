@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from custom_models.config import ModelConfig
-from custom_models.layers import JPEG, update
+from custom_models.layers import JPEG, cosine_decay, update
 from custom_models.samplers import SAMPLERS, evaluations, karras_sigmas
 
 
@@ -92,8 +92,6 @@ class Config(ModelConfig):
     def build(self) -> "Model":
         return Model(self)
 
-
-LOWEST_RATE = 0.02  # of the learning rate, where its decay ends
 
 # A U-Net for a CPU core: 1,096,771 parameters, 0.24 GFLOP a forward pass; a reduced budget, not a
 # result.
@@ -355,17 +353,14 @@ class Model(nn.Module):
         return {"loss": loss}
 
     def learning_rate(self, images_seen: int) -> float:
-        """Linear warm-up, and a cosine down to `LOWEST_RATE` (Loshchilov and Hutter 2017, "SGDR",
-        equation (5), without restarts).
+        """Linear warm-up, and a cosine down to a fiftieth.
 
         The paper keeps its rate; with less than its 200 million images, the last steps' noise would
         stay in the weights.
         """
         config = self.config
         warmth = min(1.0, images_seen / max(1, config.warmup_images))
-        done = min(1.0, images_seen / config.decay_images)
-        cosine = (1 + math.cos(math.pi * done)) / 2
-        return config.lr * warmth * (LOWEST_RATE + (1 - LOWEST_RATE) * cosine)
+        return config.lr * warmth * cosine_decay(images_seen / config.decay_images)
 
     def evaluations(self) -> int:
         """Passes of the network for one image, by the configured sampler and guidance."""

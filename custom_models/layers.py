@@ -54,6 +54,17 @@ def update(
         optimizer.step()
 
 
+LOWEST_RATE = 0.02  # of the learning rate, where its decay ends
+
+
+def cosine_decay(done: float) -> float:
+    """What is left of a learning rate after this share of its decay: from 1 to `LOWEST_RATE`.
+
+    Loshchilov and Hutter 2017, "SGDR", equation (5), without restarts.
+    """
+    return LOWEST_RATE + (1 - LOWEST_RATE) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+
+
 def sides_down_to_four(image_size: int) -> list[int]:
     """Sides in pixels from the image down to 4 or 3: 28, 14, 7, 4 or 64, 32, 16, 8, 4."""
     sides = [image_size]
