@@ -54,6 +54,9 @@ from utils import (
 # Part of every run's identity. Raise it with any change that alters what a training gives;
 # finished runs of other versions are then run again.
 CODE_VERSION = 1
+# Settings that came after the first kept runs, with the values that those runs stand for. Where a
+# run has these, its identity does not name them, so that theirs stays what it was.
+LATER_SETTINGS = (("decay_images", 0), ("jpeg_chroma", "mean"))
 # Raise it when `measure_sampling` gives other than before.
 SAMPLING_VERSION = 1
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -436,6 +439,7 @@ class GenerativePipeline:
         config = {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in dataclasses.asdict(self.config).items()
+            if (name, value) not in LATER_SETTINGS
         }
         return {
             "model": self.name,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from custom_models.config import ModelConfig
-from custom_models.layers import JPEG, cosine_decay, update
+from custom_models.layers import CHROMA, JPEG, cosine_decay, update
 from custom_models.samplers import SAMPLERS, evaluations, karras_sigmas
 
 
@@ -52,6 +52,7 @@ class Config(ModelConfig):
     rho: float = 7.0  # how much denser the levels lie at low noise; 1: evenly
     guidance_scale: float = 1.0  # how strongly the class pulls at a sample; 1: as trained
     jpeg_quality: int = 75  # of the JPEG that samples are stored in, as BloodMNIST was; 0: none
+    jpeg_chroma: str = "mean"  # how its files halve colours: mean or dct, as in `layers.JPEG`
     JPEG_ELSEWHERE: ClassVar[int] = 0  # jpeg_quality for data that was not stored as JPEG
 
     def __post_init__(self):
@@ -84,6 +85,7 @@ class Config(ModelConfig):
             "guidance_scale",
             "1 where label_dropout is 0, as guidance needs a network that also knows no class",
         )
+        self.require(self.jpeg_chroma in CHROMA, "jpeg_chroma", " or ".join(CHROMA))
         self.require(0 <= self.jpeg_quality <= 100, "jpeg_quality", "from 0 to 100")
         self.require(
             self.jpeg_quality == 0 or self.image_channels == 3, "jpeg_quality", "0 without colours"
@@ -298,7 +300,8 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.unet = UNet(config)
-        self.jpeg = JPEG(config.jpeg_quality) if config.jpeg_quality else nn.Identity()
+        stored = config.jpeg_quality > 0
+        self.jpeg = JPEG(config.jpeg_quality, config.jpeg_chroma) if stored else nn.Identity()
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         # The count for the warm-up stands in the optimizer's own state, and is saved with it.

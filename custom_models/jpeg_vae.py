@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from custom_models.config import ModelConfig
-from custom_models.layers import JPEG, ResidualBlock, update
+from custom_models.layers import CHROMA, JPEG, ResidualBlock, update
 from utils import to_model_range
 
 
@@ -38,6 +38,7 @@ class Config(ModelConfig):
     fitted_prior: bool = True  # draw from the latents that each class has in truth; else N(0, I)
     temperature: float = 0.5  # of the drawn coefficients; 0: their means, 1: as trained
     jpeg_quality: int = 75  # of the data set's files; other data sets need another, such as 95
+    jpeg_chroma: str = "mean"  # how its files halve colours: mean or dct, as in `layers.JPEG`
     JPEG_ELSEWHERE: ClassVar[int] = 95  # jpeg_quality for data that was not stored as JPEG
     lr: float = 1e-3  # step size of Adam
     batch_size: int = 64
@@ -54,6 +55,7 @@ class Config(ModelConfig):
         self.require(self.kl_weight >= 0, "kl_weight", "at least 0")
         self.require(self.kl_warmup_images >= 0, "kl_warmup_images", "at least 0")
         self.require(self.temperature >= 0, "temperature", "at least 0")
+        self.require(self.jpeg_chroma in CHROMA, "jpeg_chroma", " or ".join(CHROMA))
         self.require(1 <= self.jpeg_quality <= 100, "jpeg_quality", "from 1 to 100")
 
     def build(self) -> "Model":
@@ -124,7 +126,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.encoder, self.decoder = Encoder(config), Decoder(config)
-        self.jpeg = JPEG(config.jpeg_quality)
+        self.jpeg = JPEG(config.jpeg_quality, config.jpeg_chroma)
         # The spread of a photograph's coefficients falls by about half with each frequency: the
         # scales begin there.
         frequency = (torch.arange(8)[:, None] + torch.arange(8)).flatten()

@@ -111,29 +111,32 @@ class ResidualBlock(nn.Module):
         return x + self.second(F.leaky_relu(self.first(F.leaky_relu(x, 0.2)), 0.2))
 
 
+CHROMA = ("mean", "dct")  # the two ways in which libjpegs halve colours
+
+
 class JPEG(nn.Module):
     """What storing an image as JPEG does to it, with a gradient: [-1, 1] → [-1, 1], [N, 3, S, S].
 
-    The images of BloodMNIST were stored so before they became arrays, but for their chroma, which
-    was halved within the cosine transform (IJG libjpeg from version 7 on). A generator that ends
-    in this layer draws the cell and leaves the traces of the file format to the format, as a known
+    The images of BloodMNIST were stored so before they became arrays. A generator that ends in this
+    layer draws the cell and leaves the traces of the file format to the format, as a known
     measurement is treated in AmbientGAN (Bora et al. 2018). Baseline JPEG with chroma at half the
-    resolution, as Pillow writes and libjpeg reads it (ITU-T T.81; JFIF 1.02). Roundings pass their
-    gradient on as if they were not there. quality: 1 to 100, of libjpeg's scale. Always float32.
+    resolution (ITU-T T.81; JFIF 1.02). Roundings pass their gradient on as if they were not there.
+    quality: 1 to 100, of libjpeg's scale. chroma: how colours are halved, and doubled in reading:
+    "mean", as Pillow's libjpeg-turbo does, or "dct", within the cosine transform, as the IJG's
+    libjpeg does from version 7 on, and as was done to BloodMNIST. Always float32.
     """
 
-    def __init__(self, quality: int):
+    def __init__(self, quality: int, chroma: str):
         super().__init__()
         scale = 5000 // quality if quality < 50 else 200 - 2 * quality
         tables = torch.tensor([LUMINANCE, CHROMINANCE])
         tables = ((tables * scale + 50) // 100).clamp(1, 255).float()
-        position = torch.arange(8)
-        cosines = torch.cos((2 * position + 1) * position[:, None] * math.pi / 16) / 2
-        cosines[0] /= math.sqrt(2)  # the orthonormal DCT-II: coefficients = C block Cᵀ
+        self.chroma = chroma
         to_ycbcr = torch.tensor(TO_YCBCR)
         for name, value in {
             "tables": tables,
-            "cosines": cosines,
+            "cosines": _cosines(8),
+            "cosines_16": _cosines(16),
             "to_ycbcr": to_ycbcr,
             "to_rgb": torch.linalg.inv(to_ycbcr.double()).float(),
         }.items():
@@ -152,38 +155,66 @@ class JPEG(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             height, width = images.shape[2:]
             pixels = _round(((images.float() + 1) * 127.5).clamp(0, 255))
-            # As libjpeg fills whole blocks: the last column is repeated before the chroma is
-            # halved, the last row after it.
-            pixels = F.pad(pixels, (0, -width % 16, 0, height % 2), mode="replicate")
+            # Whole blocks of 16 × 16 pixels, the last column and row repeated.
+            pixels = F.pad(pixels, (0, -width % 16, 0, -height % 16), mode="replicate")
             ycbcr = _round(torch.einsum("dc,nchw->ndhw", self.to_ycbcr, pixels))
-            luma, chroma = ycbcr[:, :1] - 128, _halve(ycbcr[:, 1:])
-            luma = F.pad(luma, (0, 0, 0, -luma.shape[2] % 16), mode="replicate")
-            chroma = F.pad(chroma, (0, 0, 0, -chroma.shape[2] % 8), mode="replicate")
-            return self._transform(luma, self.tables[0]), self._transform(chroma, self.tables[1])
+            luma = _transform(ycbcr[:, :1] - 128, self.cosines)
+            if self.chroma == "mean":
+                # libjpeg-turbo repeats the last row of what it has halved.
+                halved = _halve(ycbcr[:, 1:, : height + height % 2])
+                halved = F.pad(halved, (0, 0, 0, -halved.shape[2] % 8), mode="replicate")
+                chroma = _transform(halved, self.cosines)
+            else:
+                # The low half of a block's frequencies is the block at half its size, twice as high.
+                chroma = _transform(ycbcr[:, 1:], self.cosines_16)[..., :8, :8] / 2
+            return self._in_rows(luma, self.tables[0]), self._in_rows(chroma, self.tables[1])
 
-    def _transform(self, planes: Tensor, table: Tensor) -> Tensor:
-        """[N, C, 8 H, 8 W] → [N, 64 C, H, W]: the DCT of every block, in steps of the table."""
-        blocks = planes.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).permute(0, 1, 2, 4, 3, 5)
-        coefficients = self.cosines @ blocks @ self.cosines.T / table
-        return coefficients.flatten(4).permute(0, 1, 4, 2, 3).flatten(1, 2)
+    def _in_rows(self, coefficients: Tensor, table: Tensor) -> Tensor:
+        """[N, C, H, W, 8, 8] → [N, 64 C, H, W], in steps of the table."""
+        return (coefficients / table).flatten(4).permute(0, 1, 4, 2, 3).flatten(1, 2)
 
     def decode(self, luma: Tensor, chroma: Tensor, size: tuple[int, int]) -> Tensor:
         """Coefficients as of `encode` → images in [-1, 1], [N, 3, *size]."""
         with torch.autocast(luma.device.type, enabled=False):
             height, width = size
-            luma = self._invert(luma, self.tables[0])[:, :, :height, :width] + 128
-            # The decoder knows the true size, and enlarges no more of the chroma than that.
-            chroma = self._invert(chroma, self.tables[1])
-            chroma = chroma[:, :, : (height + 1) // 2, : (width + 1) // 2]
-            chroma = _enlarge(chroma)[:, :, :height, :width]
+            luma = _invert(self._in_blocks(luma, self.tables[0]), self.cosines) + 128
+            chroma = self._in_blocks(chroma, self.tables[1])
+            if self.chroma == "mean":
+                # The decoder knows the true size, and enlarges no more of the chroma than that.
+                halved = _invert(chroma, self.cosines)
+                chroma = _enlarge(halved[:, :, : (height + 1) // 2, : (width + 1) // 2])
+            else:
+                chroma = _invert(F.pad(2 * chroma, (0, 8, 0, 8)), self.cosines_16)
+            luma, chroma = luma[:, :, :height, :width], chroma[:, :, :height, :width]
             ycbcr = torch.cat([luma, chroma], dim=1)
             pixels = _round(torch.einsum("dc,nchw->ndhw", self.to_rgb, ycbcr))
             return pixels.clamp(0, 255) / 127.5 - 1
 
-    def _invert(self, coefficients: Tensor, table: Tensor) -> Tensor:
-        blocks = coefficients.unflatten(1, (-1, 8, 8)).permute(0, 1, 4, 5, 2, 3) * table
-        planes = self.cosines.T @ blocks @ self.cosines
-        return _round(planes.permute(0, 1, 2, 4, 3, 5).flatten(4).flatten(2, 3))
+    def _in_blocks(self, rows: Tensor, table: Tensor) -> Tensor:
+        """[N, 64 C, H, W] in steps of the table → [N, C, H, W, 8, 8]."""
+        return rows.unflatten(1, (-1, 8, 8)).permute(0, 1, 4, 5, 2, 3) * table
+
+
+def _cosines(side: int) -> Tensor:
+    """The orthonormal DCT-II C of blocks of this side: coefficients = C block Cᵀ."""
+    position = torch.arange(side)
+    cosines = torch.cos((2 * position + 1) * position[:, None] * math.pi / (2 * side))
+    cosines *= math.sqrt(2 / side)
+    cosines[0] /= math.sqrt(2)
+    return cosines
+
+
+def _transform(planes: Tensor, cosines: Tensor) -> Tensor:
+    """The DCT of every block of planes [N, C, H B, W B]: [N, C, H, W, B, B]."""
+    side = len(cosines)
+    blocks = planes.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 1, 2, 4, 3, 5)
+    return cosines @ blocks @ cosines.T
+
+
+def _invert(coefficients: Tensor, cosines: Tensor) -> Tensor:
+    """Planes [N, C, H B, W B] of their blocks' DCT, rounded."""
+    planes = cosines.T @ coefficients @ cosines
+    return _round(planes.permute(0, 1, 2, 4, 3, 5).flatten(4).flatten(2, 3))
 
 
 def _round(values: Tensor) -> Tensor:

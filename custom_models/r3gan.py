@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from custom_models.config import ModelConfig
-from custom_models.layers import JPEG, ResidualBlock, update
+from custom_models.layers import CHROMA, JPEG, ResidualBlock, update
 from utils import random_flips_and_turns
 
 
@@ -24,19 +24,20 @@ class Config(ModelConfig):
     generator_channels: tuple = (96, 64, 32)  # widths at a quarter of the side, a half, the whole
     discriminator_channels: tuple = (32, 64, 96)  # widths at the whole side, a half, a quarter
     gamma: float = 1.0  # weight of both penalties at first
-    gamma_end: float = 0.1  # their weight after anneal_images; between them it falls geometrically
-    anneal_images: int = 240_000  # images over which that weight falls
+    gamma_end: float = 0.2  # their weight after anneal_images; between them it falls geometrically
+    anneal_images: int = 215_000  # images over which that weight falls
     penalty_interval: int = 2  # steps between penalties, which then weigh as much more
     lr: float = 4e-4  # step size of Adam, for both networks
     beta1: float = 0.0  # of Adam: share of the past in the mean gradient
     beta2: float = 0.99  # of Adam: share of the past in the mean squared gradient
     jpeg_quality: int = 75  # of the data set's files, 1 to 100; 0: it was not stored as JPEG
+    jpeg_chroma: str = "dct"  # how its files halve colours: mean or dct, as in `layers.JPEG`
     JPEG_ELSEWHERE: ClassVar[int] = 0  # jpeg_quality for data that was not stored as JPEG
     batch_size: int = 64
-    epochs: int = 18
+    epochs: int = 24
     ema_decay: float = 0.999
     flips_and_turns: bool = True
-    validation_epochs: int = 3
+    validation_epochs: int = 4
 
     def __post_init__(self):
         super().__post_init__()
@@ -48,6 +49,7 @@ class Config(ModelConfig):
             self.require(getattr(self, name) > 0, name, "above 0")
         self.require(self.anneal_images >= 1, "anneal_images", "at least 1")
         self.require(self.penalty_interval >= 1, "penalty_interval", "at least 1")
+        self.require(self.jpeg_chroma in CHROMA, "jpeg_chroma", " or ".join(CHROMA))
         self.require(0 <= self.jpeg_quality <= 100, "jpeg_quality", "from 0 to 100")
         self.require(
             self.jpeg_quality == 0 or self.image_channels == 3, "jpeg_quality", "0 without colours"
@@ -75,7 +77,8 @@ class Generator(nn.Module):
             layers.append(ResidualBlock(following))
         layers += [nn.LeakyReLU(0.2), nn.Conv2d(widths[-1], config.image_channels, 3, padding=1)]
         self.layers = nn.Sequential(*layers, nn.Tanh())
-        self.jpeg = JPEG(config.jpeg_quality) if config.jpeg_quality else nn.Identity()
+        stored = config.jpeg_quality > 0
+        self.jpeg = JPEG(config.jpeg_quality, config.jpeg_chroma) if stored else nn.Identity()
 
     def forward(self, latents: Tensor) -> Tensor:
         images = self.jpeg(self.layers(latents)[:, :, : self.size, : self.size])

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from custom_models.config import ModelConfig
-from custom_models.layers import JPEG, ResidualBlock
+from custom_models.layers import CHROMA, JPEG, ResidualBlock
 from utils import random_flips_and_turns
 
 
@@ -29,6 +29,7 @@ class Config(ModelConfig):
     beta1_generator: float = 0.0  # the same for the generator
     beta2: float = 0.9  # of Adam: share of the past in the mean squared gradient, for both networks
     jpeg_quality: int = 75  # of the data set's files, 1 to 100; 0: it was not stored as JPEG
+    jpeg_chroma: str = "mean"  # how its files halve colours: mean or dct, as in `layers.JPEG`
     JPEG_ELSEWHERE: ClassVar[int] = 0  # jpeg_quality for data that was not stored as JPEG
     batch_size: int = 64
     epochs: int = 40
@@ -44,6 +45,7 @@ class Config(ModelConfig):
         self.require(len(self.critic_channels) == 3, "critic_channels", "three widths")
         self.require(self.gradient_penalty >= 0, "gradient_penalty", "at least 0")
         self.require(self.image_size >= 8, "image_size", "at least 8")
+        self.require(self.jpeg_chroma in CHROMA, "jpeg_chroma", " or ".join(CHROMA))
         self.require(0 <= self.jpeg_quality <= 100, "jpeg_quality", "from 0 to 100")
         self.require(
             self.jpeg_quality == 0 or self.image_channels == 3, "jpeg_quality", "0 without colours"
@@ -134,7 +136,8 @@ class Generator(nn.Module):
         self.blocks = nn.ModuleList(UpBlock(i, o, config.n_classes) for i, o in pairwise(widths))
         self.norm = nn.BatchNorm2d(last)
         self.out = nn.Conv2d(last, config.image_channels, 3, padding=1)
-        self.jpeg = JPEG(config.jpeg_quality) if config.jpeg_quality else nn.Identity()
+        stored = config.jpeg_quality > 0
+        self.jpeg = JPEG(config.jpeg_quality, config.jpeg_chroma) if stored else nn.Identity()
 
     def forward(self, latents: Tensor, labels: Tensor) -> Tensor:
         x = self.start(latents)

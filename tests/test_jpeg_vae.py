@@ -126,7 +126,7 @@ def test_the_loss_is_the_weighted_evidence_lower_bound(kl_weight):
         torch.manual_seed(5)
         latents = mean + posterior.stddev.float() * torch.randn(mean.shape)
         reconstruction = 0.0
-        for file, logistic in zip(JPEG(75).encode(images), model.decode(latents, labels)):
+        for file, logistic in zip(JPEG(75, "mean").encode(images), model.decode(latents, labels)):
             reconstruction -= log_cdf_difference(file.round(), *logistic).sum().item() / 6
     torch.manual_seed(5)
     logged = model.training_step(images, labels, model.optimizers())
@@ -176,7 +176,7 @@ def test_a_step_changes_every_weight_once_the_residual_blocks_are_open():
 def nats_without_latents(images: torch.Tensor) -> float:
     """Nats an image when each frequency has one logistic, the best one, for all blocks."""
     total = 0.0
-    for file in JPEG(75).encode(images):
+    for file in JPEG(75, "mean").encode(images):
         values = file.round()
         mean = values.mean((0, 2, 3), keepdim=True).requires_grad_(True)
         log_scale = torch.zeros_like(mean).requires_grad_(True)
@@ -225,7 +225,7 @@ def test_at_temperature_zero_the_noise_changes_nothing(monkeypatch):
     latents = torch.randn(3, 4, generator=noise(1))
     with torch.no_grad():
         means = [mean.round() for mean, _ in model.decode(latents, labels)]
-    expected = JPEG(75).decode(*means, (28, 28))
+    expected = JPEG(75, "mean").decode(*means, (28, 28))
     for value in (0.0, 0.2, 1.0):
         monkeypatch.setattr(torch, "rand", lambda shape, value=value, **_: torch.full(shape, value))
         assert torch.equal(model.sample(labels, noise(1)), expected)
@@ -326,7 +326,7 @@ def test_a_reconstruction_is_stored_from_the_posterior_mean():
     with torch.no_grad():
         mean, _ = model.encoder(images, model.condition(labels))
         drawn = model.decoder(mean, model.condition(labels))[0]
-    assert torch.equal(first, JPEG(75)(drawn))
+    assert torch.equal(first, JPEG(75, "mean")(drawn))
 
 
 def test_scales_begin_where_photographs_have_them():
