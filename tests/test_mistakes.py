@@ -30,7 +30,7 @@ from evaluation.mistakes import (
     value_range,
     value_ranges,
 )
-from utils import PBC_CLASSES, PBC_FOLDER, exit_on_bad_input, load_dataset
+from utils import PBC_CLASSES, PBC_FOLDER, InputError, exit_on_bad_input, load_dataset
 
 N = 40
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "how_to_read_the_numbers.ipynb"
@@ -58,7 +58,7 @@ def pbc_root(tmp_path_factory) -> Path:
     write_split(root, lines)
     for split in PER_CLASS:
         data = load_dataset("pbc", root, 28, split)
-        stored = through_jpeg(data.images, mistakes.QUALITY)
+        stored = mistakes.as_the_data(data.images)
         arrays[f"{split}_images"] = stored.permute(0, 2, 3, 1).numpy()
         arrays[f"{split}_labels"] = data.labels.numpy().astype(np.uint8)[:, None]
     np.savez_compressed(root / "bloodmnist.npz", **arrays)
@@ -110,6 +110,23 @@ def test_jpeg_errors_grow_as_quality_falls(setup):
 def test_jpeg_keeps_even_grey():
     images = torch.full((2, 3, 28, 28), 128, dtype=torch.uint8)
     assert torch.equal(through_jpeg(images, 50), images)
+
+
+def test_most_real_cells_made_again_from_their_originals_are_the_same_to_the_bit(real_data_root):
+    """So the resize and the JPEG, with its way to halve colours, are the data set's own."""
+    train, held_out = (
+        load_dataset("bloodmnist", real_data_root, 28, s) for s in ("train", "held_out")
+    )
+    setup = mistakes.Setup(train, held_out, torch.arange(40), None, real_data_root, 0)
+    try:
+        images = mistakes.originals(setup)
+    except InputError as error:
+        pytest.skip(f"no originals beside the data set: {error}")
+    small = mistakes.resized(images, 28)
+    cells = setup.cells
+    same = {name: (part == cells).flatten(1).all(1).float().mean() for name, part in small.items()}
+    assert same.pop("bilinear, antialiased") > 0.6
+    assert not any(same.values())
 
 
 def test_stripes_vanish_with_antialiasing_and_do_not_without():
