@@ -1129,6 +1129,16 @@ def test_images_are_stored_as_jpeg_where_the_data_was(name, elsewhere, make):
     assert given.config.jpeg_quality == 80
 
 
+def test_settings_that_came_later_leave_the_identity_of_earlier_runs_as_it_was(make):
+    for model, preset, name, earlier, other in (
+        ("cvae", "best", "jpeg_chroma", "mean", "dct"),
+        ("ddpm", "baseline", "decay_images", 0, 1000),
+    ):
+        before, after = (make(model, preset=preset, **{name: v}) for v in (earlier, other))
+        assert name not in before._identity() and after._identity()[name] == other
+        assert before.weights_key() != after.weights_key()
+
+
 def test_too_few_images_to_measure_by_are_told_before_the_training(make, bad_input):
     sets = make().sets
 

@@ -334,13 +334,15 @@ def test_the_floor_is_that_of_the_record_that_knows_most():
 
 
 def test_how_images_were_stored_is_a_column_where_it_differs(tmp_path):
-    ours = record(0, 60.0, config={"jpeg_quality": 75})
-    rows = results_table([ours, record(0, 90.0, preset="baseline")], metrics(18.0))
+    old = record(0, 60.0, config={"jpeg_quality": 75})
+    ours = record(0, 50.0, model="dcgan", config={"jpeg_quality": 75, "jpeg_chroma": "dct"})
+    rows = results_table([old, ours, record(0, 90.0, preset="baseline")], metrics(18.0))
     write_table(rows, tmp_path, "t")
     text = (tmp_path / "t.md").read_text()
     assert "| Seeds | Images seen | Stored as | FID |" in text
     assert "| real cells (held out) | – | – | – | – | 18.0 |" in text
-    assert "| ddpm | best | 1 | 1,000 | JPEG 75 | 60.0 ± – |" in text
+    assert "| ddpm | best | 1 | 1,000 | JPEG 75, mean | 60.0 ± – |" in text
+    assert "| dcgan | best | 1 | 1,000 | JPEG 75, dct | 50.0 ± – |" in text
     assert "| ddpm | baseline | 1 | 1,000 | as drawn | 90.0 ± – |" in text
     assert "so rows that differ here differ for that reason, too." in text
 
