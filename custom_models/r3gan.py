@@ -25,7 +25,7 @@ class Config(ModelConfig):
     discriminator_channels: tuple = (32, 64, 96)  # widths at the whole side, a half, a quarter
     gamma: float = 1.0  # weight of both penalties at first
     gamma_end: float = 0.2  # their weight after anneal_images; between them it falls geometrically
-    anneal_images: int = 215_000  # images over which that weight falls
+    anneal_images: int = 160_000  # images over which that weight falls
     penalty_interval: int = 2  # steps between penalties, which then weigh as much more
     lr: float = 4e-4  # step size of Adam, for both networks
     beta1: float = 0.0  # of Adam: share of the past in the mean gradient
@@ -34,10 +34,10 @@ class Config(ModelConfig):
     jpeg_chroma: str = "dct"  # how its files halve colours: mean or dct, as in `layers.JPEG`
     JPEG_ELSEWHERE: ClassVar[int] = 0  # jpeg_quality for data that was not stored as JPEG
     batch_size: int = 64
-    epochs: int = 24
+    epochs: int = 18
     ema_decay: float = 0.999
     flips_and_turns: bool = True
-    validation_epochs: int = 4
+    validation_epochs: int = 6
 
     def __post_init__(self):
         super().__post_init__()
