@@ -16,11 +16,10 @@ RUN := $(VENV)/bin/python
 
 help:
 	@echo "make demo       four models, two seeds (SEEDS=), drawn cells -> results/demo"
-	@echo "make suite      four models, five seeds (SEEDS=), BloodMNIST -> results (OUT=); another"
-	@echo "                extractor or file than the kept runs' needs OUT="
+	@echo "make suite      four models, five seeds (SEEDS=), BloodMNIST -> my_results (OUT=)"
 	@echo "                narrow it with MODELS=\"cvae dcgan\" PRESET= EXTRACTOR= DATA_ROOT= JOBS= OUT="
 	@echo "make ablations  changed settings against each preset, three seeds (SEEDS=)"
-	@echo "                -> results/ablations; GRID=published or best, MODELS= narrows it"
+	@echo "                -> my_results/ablations; GRID=published or best, MODELS= narrows it"
 	@echo "make augmentation  do synthetic cells help a classifier? STUDY=bccd, imbalance,"
 	@echo "                generators (of finished runs) -> results/augmentation"
 	@echo "make fid        measure the kept weights of all runs anew with Inception-v3 -> results/fid"
@@ -39,7 +38,7 @@ demo: $(INSTALLED)
 
 suite: SEEDS ?= 5
 suite: JOBS ?= 1
-suite: OUT ?= results
+suite: OUT ?= my_results
 suite: $(INSTALLED)
 	$(RUN) run_suite.py --models $(MODELS) --preset $(PRESET) --seeds $(SEEDS) \
 		--dataset bloodmnist --data-root "$(DATA_ROOT)" --extractor "$(EXTRACTOR)" \
@@ -50,7 +49,7 @@ ablations: GRID ?= published
 ablations: MODELS :=
 ablations: SEEDS ?= 3
 ablations: JOBS ?= 1
-ablations: OUT ?= results
+ablations: OUT ?= my_results
 ablations: $(INSTALLED)
 	$(RUN) run_suite.py --ablations $(GRID) $(if $(MODELS),--models $(MODELS)) --seeds $(SEEDS) \
 		--dataset bloodmnist --data-root "$(DATA_ROOT)" --extractor "$(EXTRACTOR)" \

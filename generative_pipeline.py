@@ -29,6 +29,7 @@ from filelock import FileLock, Timeout
 from torch.optim.swa_utils import AveragedModel
 
 from custom_models import MODELS, make_config
+from custom_models.config import LATER_SETTINGS, stored_settings
 from custom_models.drawing import as_kept, derive_seed, draw, labelled_grid
 from evaluation import features, figures, judge, kid, per_class, protocol
 from evaluation.copies import Suspects
@@ -54,9 +55,6 @@ from utils import (
 # Part of every run's identity. Raise it with any change that alters what a training gives;
 # finished runs of other versions are then run again.
 CODE_VERSION = 1
-# Settings that came after the first kept runs, with the values that those runs stand for. Where a
-# run has these, its identity does not name them, so that theirs stays what it was.
-LATER_SETTINGS = (("decay_images", 0), ("jpeg_chroma", "mean"))
 # Raise it when `measure_sampling` gives other than before.
 SAMPLING_VERSION = 1
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -233,9 +231,10 @@ class GenerativePipeline:
                 elif time.monotonic() - last_saved >= self.checkpoint_seconds:
                     self.save_checkpoint()
                     last_saved = time.monotonic()
-        if writer:
-            writer.close()
         self.save_weights()
+        if writer:
+            with _writing_to(writer.log_dir):
+                writer.close()
 
     def _train_epoch(self, epoch: int) -> dict[str, float]:
         """One pass over the shuffled training images; returns the mean of what is logged."""
@@ -325,7 +324,7 @@ class GenerativePipeline:
                     "leave it out"
                 ) from None
             return None
-        folder = self.log_dir or self.out / "tensorboard"
+        folder = Path(self.log_dir or self.out / "tensorboard").expanduser()
         with _writing_to(folder):
             return SummaryWriter(str(folder), purge_step=self.step + 1)
 
@@ -335,8 +334,11 @@ class GenerativePipeline:
 
     @property
     def checkpoint_path(self) -> Path:
-        path = Path(self._checkpoint_path or self.out / "checkpoint.pt")
-        return path / "checkpoint.pt" if path.is_dir() else path
+        if self._checkpoint_path is None:
+            return self.out / "checkpoint.pt"
+        path = Path(self._checkpoint_path).expanduser()
+        is_folder = path.is_dir() or str(self._checkpoint_path).endswith(("/", "\\"))
+        return path / "checkpoint.pt" if is_folder else path
 
     def save_checkpoint(self) -> None:
         """Write the whole state aside and rename it: plain types and tensors only."""
@@ -427,6 +429,7 @@ class GenerativePipeline:
         stored = state.get("identity") if isinstance(state, dict) else None
         if not isinstance(stored, dict) or state.get("format") != file_format:
             raise InputError(f"{path} is not a checkpoint of this suite; delete it to start anew")
+        stored = stored_settings(stored, self.config)
         differing = differences(stored, own, sorted({*stored, *own}))
         if differing:
             raise InputError(
@@ -439,7 +442,6 @@ class GenerativePipeline:
         config = {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in dataclasses.asdict(self.config).items()
-            if (name, value) not in LATER_SETTINGS
         }
         return {
             "model": self.name,
@@ -448,6 +450,16 @@ class GenerativePipeline:
             "dataset_sha256": self.dataset_sha256,
             "code_version": CODE_VERSION,
             **config,
+        }
+
+    def _named(self) -> dict:
+        """The identity for keys: without later settings at the values of the runs before them,
+        whose keys stay what they were.
+        """
+        return {
+            name: value
+            for name, value in self._identity().items()
+            if (name, value) not in LATER_SETTINGS.items()
         }
 
     # -----------------------------------------------------------------------------------------
@@ -487,8 +499,13 @@ class GenerativePipeline:
         """Draw one image for each label, uint8 [N, C, S, S] on the CPU.
 
         labels: int64 [N]; an unconditional model uses only their number. seed: of the noise, the
-        run's own by default. raw: from the last step's raw weights instead of the kept ones.
+        run's own by default. raw: from the last step's raw weights instead of the kept ones; raises
+        InputError where only these are left.
         """
+        if raw and self.kept and (self.ema or self.config.validation_epochs):
+            raise InputError(
+                f"the raw weights of {self.out} were in its checkpoint, which is gone; train again"
+            )
         model = self._ready_to_sample(self.model) if raw else self.kept_model()
         seed = derive_seed(self.seed if seed is None else seed, "samples")
         return self._sample_from(model, labels, seed)
@@ -517,13 +534,15 @@ class GenerativePipeline:
         return self._extractor
 
     def weights_key(self) -> str:
-        """Hash of config, data and code version: on a CPU, equal keys are equal weights."""
-        return _hash(self._identity())
+        """Hash of config, data and code version: on a CPU, in one precision, equal keys are equal
+        weights.
+        """
+        return _hash(self._named())
 
     def run_key(self) -> str:
         """Hash of config, data, extractor and code versions: equal keys, equal results."""
         content = {
-            **self._identity(),
+            **self._named(),
             "extractor_sha256": self.extractor().sha256,
             "metrics_version": protocol.METRICS_VERSION,
         }
@@ -554,7 +573,7 @@ class GenerativePipeline:
             "preset": record.get("preset"),
             "seed": record.get("seed"),
             "dataset_sha256": record.get("dataset", {}).get("sha256"),
-            **record.get("config", {}),
+            **stored_settings(record.get("config", {}), self.config),
         }
         here = self._identity()
         if extractor:

@@ -38,7 +38,7 @@ from tqdm import tqdm
 from custom_models import MODELS, make_config
 from custom_models.ablations import GRIDS, Ablation
 from custom_models.classifiers import make_classifier
-from custom_models.config import parse_settings
+from custom_models.config import parse_settings, stored_settings
 from evaluation import augmentation, figures
 from evaluation.gallery import check_page, write_gallery
 from evaluation.tables import REDUCED_SEEDS, ablation_table, collect, write_ablation_table
@@ -312,9 +312,10 @@ def _check_parameters(task: Task) -> None:
 
 def _settings(record: dict) -> dict:
     """What a run's config was, in the types of a config, without what the data decides."""
+    preset = make_config(record["model"], record["preset"])
     return {
         name: tuple(value) if isinstance(value, list) else value
-        for name, value in record["config"].items()
+        for name, value in stored_settings(record["config"], preset).items()
         if name not in ("n_classes", "image_channels")
     }
 

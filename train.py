@@ -192,12 +192,15 @@ def find_data(options: argparse.Namespace) -> tuple[str, str | Path | None]:
 def default_folder(
     dataset: str, root: str | Path | None, size: int, model: str, preset: str, seed: int
 ) -> Path:
-    """results/runs/MODEL-PRESET/seedK for BloodMNIST at 28 pixels; others have results/pbc128/…"""
+    """results/runs/MODEL-PRESET/seedK for BloodMNIST at 28 pixels; others have results/pbc128/…
+
+    Those of a user's own images are results/folder-NAME64/…, which git ignores.
+    """
     if (dataset, size) == ("bloodmnist", 28):
         return run_folder(RESULTS, model, preset, seed)
     name = dataset.replace(":", "-")
     if dataset == "folder" and root:
-        name = Path(root).resolve().name.removesuffix(".zip")
+        name = f"folder-{Path(root).resolve().name.removesuffix('.zip')}"
     return run_folder(RESULTS / f"{name}{size}", model, preset, seed)
 
 

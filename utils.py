@@ -265,8 +265,8 @@ def load_dataset(
         return ImageSet(val.name, split, images, labels, val.classes)
     if split not in SPLITS:
         raise InputError(f"unknown split {split!r}; known are {', '.join(SPLITS)}, held_out")
-    if size < 1:
-        raise InputError(f"image size {size} is not positive")
+    if not 1 <= size <= LARGEST_SIZE:
+        raise InputError(f"image size {size} must be between 1 and {LARGEST_SIZE} pixels")
     root = data_folder(root)
     label, images, labels, classes = LOADERS[kind](root, size, split, *attribute)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
@@ -291,17 +291,17 @@ def load_dataset(
 def recognise_data_dir(path: str | Path) -> tuple[str, Path]:
     """The name and root for `load_dataset` of a folder or zip that a user points to.
 
-    `pbc`: a data root that holds PBC, or PBC's eight class sub-folders with images under PBC's
-    names alone; `folder`: any other class sub-folders. Raises InputError where there are none.
+    `pbc`: a data root that holds PBC, or PBC's eight class sub-folders, most of whose files have
+    PBC's names; `folder`: any other class sub-folders. Raises InputError where there are none.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if any((path / name).exists() for name in PBC_NAMES):
         return "pbc", path
     classes = list_classes(path)
-    files = [name for found in classes.values() for name, *_ in found]
-    names = [name for name in files if _looks_like_an_image(name)]
-    is_pbc = set(classes) == set(PBC_CLASSES) and all(map(PBC_FILE.fullmatch, names))
-    return "pbc" if is_pbc else "folder", path
+    names = [name for found in classes.values() for name, *_ in found]
+    # What does not belong there is then named by `list_pbc`, instead of another split being drawn.
+    mostly_pbc = sum(map(bool, map(PBC_FILE.fullmatch, names))) > len(names) / 2
+    return "pbc" if set(classes) == set(PBC_CLASSES) and mostly_pbc else "folder", path
 
 
 # What numpy and zipfile raise for a file that is cut short, damaged or of another kind.
@@ -369,6 +369,7 @@ def _download_of(path: Path, help_text: str):
 
 LARGEST_ZIP = 20e9  # bytes, unpacked
 # A member that unpacks to more than this many bytes, at more than this ratio, is no image.
+LARGEST_MEMBER = 1e9  # bytes, unpacked
 LARGEST_DENSE_MEMBER, LARGEST_RATIO = 100e6, 200
 TWELVE_BITS = 4095  # the highest value of a 12-bit camera
 
@@ -376,11 +377,11 @@ TWELVE_BITS = 4095  # the highest value of a 12-bit camera
 def list_classes(source: Path) -> dict[str, list[tuple[str, int, int]]]:
     """The class sub-folders of a folder or zip, sorted, with the sorted files of each.
 
-    A file is (name, bytes, stamp); the stamp is its time of change in a folder, its checksum in a
-    zip. Hidden files and files beside the sub-folders are left out; one folder around all of a
-    zip's content is looked through. Raises InputError where there are no sub-folders, images
-    beside them or folders in them, and for a zip that is broken, leads outside or unpacks to an
-    absurd size.
+    A file is (name, bytes, stamp); the stamp is its times of change in a folder, of which copying
+    keeps one at most, and its checksum in a zip. Hidden files and files beside the sub-folders are
+    left out; one folder around all of a zip's content is looked through. Raises InputError where
+    there are no sub-folders, images beside them or folders in them, and for a zip that is broken,
+    leads outside or unpacks to an absurd size.
     """
     if not source.exists():
         raise InputError(f"{source} does not exist; name a folder or zip with class sub-folders")
@@ -427,8 +428,11 @@ def _is_hidden(parts: tuple[str, ...]) -> bool:
 
 
 def _parts(member: str) -> tuple[str, ...]:
-    """Of a zip member's path, without the `.` that some programs begin it with."""
-    return tuple(part for part in member.split("/") if part not in ("", "."))
+    """Of a zip member's path, without the `.` that some programs begin it with.
+
+    Older programs on Windows write backslashes.
+    """
+    return tuple(part for part in re.split(r"[/\\]", member) if part not in ("", "."))
 
 
 def _open_zip(source: Path) -> zipfile.ZipFile:
@@ -443,7 +447,12 @@ def _folder_entries(source: Path) -> list[tuple]:
     """(parts of the path, is it a folder, bytes, stamp) for two levels of a folder."""
     paths = [*source.glob("*"), *source.glob("*/*")]
     return [
-        (path.relative_to(source).parts, path.is_dir(), info.st_size, info.st_mtime_ns)
+        (
+            path.relative_to(source).parts,
+            path.is_dir(),
+            info.st_size,
+            (info.st_mtime_ns, info.st_ctime_ns),
+        )
         for path, info in ((path, path.stat()) for path in paths)
     ]
 
@@ -457,6 +466,11 @@ def _zip_entries(source: Path) -> list[tuple]:
         if path.anchor or ".." in path.parts:
             raise InputError(
                 f"{source}: member {info.filename!r} leads outside the zip; pack it anew"
+            )
+        if info.file_size > LARGEST_MEMBER:
+            raise InputError(
+                f"{source}: member {info.filename!r} would unpack to {info.file_size / 1e9:.1f} "
+                "GB, too much for one image; leave it out"
             )
         dense = info.file_size > LARGEST_RATIO * info.compress_size
         if dense and info.file_size > LARGEST_DENSE_MEMBER:
@@ -806,27 +820,31 @@ def find_pbc(root: Path) -> Path:
 
 
 def list_pbc(source: Path) -> tuple[list[str], str]:
-    """Sorted names `class/file.jpg` and a fingerprint of names and sizes."""
-    files = [
-        (kind, file, size)
-        for kind, files in list_classes(source).items()
-        for file, size, _ in files
-        if _looks_like_an_image(file)
-    ]
-    found = {kind for kind, *_ in files}
-    if found != set(PBC_CLASSES):
-        strange, missing = sorted(found - set(PBC_CLASSES)), sorted(set(PBC_CLASSES) - found)
+    """Sorted names `class/file.jpg` and a fingerprint of the files.
+
+    Raises InputError for other classes, for an empty one and for a file that is none of PBC's.
+    """
+    found = list_classes(source)
+    if set(found) != set(PBC_CLASSES):
+        strange, missing = (
+            sorted(one - other)
+            for one, other in ((set(found), set(PBC_CLASSES)), (set(PBC_CLASSES), set(found)))
+        )
         raise InputError(
             f"{source} is not the PBC set: missing classes {missing}, unknown classes {strange}"
         )
-    for kind, file, _ in files:
+    for kind, files in found.items():
+        if not files:
+            raise InputError(f"{source}: class sub-folder {kind} is empty; get PBC anew")
+    files = [(kind, *file) for kind, files in found.items() for file in files]
+    for kind, file, *_ in files:
         if not PBC_FILE.fullmatch(file):
             raise InputError(
                 f"{source}: {kind}/{file} is none of PBC's images, which have names such as "
                 "BA_100102.jpg; take it out, or load the images as a folder of your own "
                 "(--dataset folder)"
             )
-    return [f"{kind}/{file}" for kind, file, _ in files], _fingerprint(files)
+    return [f"{kind}/{file}" for kind, file, *_ in files], _fingerprint(files)
 
 
 def resize_pbc(source: Path, names: list[str], size: int) -> np.ndarray:
@@ -839,16 +857,21 @@ def split_pbc(path: Path, names: list[str]) -> dict[str, list[int]]:
     row_of = {name: row for row, name in enumerate(names)}
     parts: dict[str, list[int]] = {split: [] for split in SPLITS}
     if path.exists():
-        with open(path, newline="") as file:
-            for line in csv.DictReader(file):
-                if line.get("split") not in parts or line.get("file") not in row_of:
-                    raise InputError(f"{path}: the line {line} names no split or no file of PBC")
-                if not (line.get("index") or "").isdecimal():
-                    raise InputError(f"{path}: the line {line} has no index")
-                parts[line["split"]].append((int(line["index"]), row_of[line["file"]]))
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path} can't be read ({error}); get it anew") from None
+        for line in csv.DictReader(io.StringIO(text)):
+            if line.get("split") not in parts or line.get("file") not in row_of:
+                raise InputError(f"{path}: the line {line} names no split or no file of PBC")
+            if not (line.get("index") or "").isdecimal():
+                raise InputError(f"{path}: the line {line} has no index")
+            parts[line["split"]].append((int(line["index"]), row_of[line["file"]]))
         listed = [row for rows in parts.values() for _, row in rows]
         if len(set(listed)) < len(listed):
             raise InputError(f"{path} lists a file twice; get it anew")
+        if empty := [split for split in SPLITS if not parts[split]]:
+            raise InputError(f"{path} lists no file of {', '.join(empty)}; get it anew")
         return {split: [row for _, row in sorted(rows)] for split, rows in parts.items()}
     labels = np.array([PBC_CLASSES.index(name.split("/")[0]) for name in names])
     return split_by_class(path.parent, labels, PBC_CLASSES)
@@ -1249,6 +1272,7 @@ LOADERS = {
     "bccd": _load_bccd,
 }
 # Pixels, where no size is asked for.
+LARGEST_SIZE = 1024  # pixels
 USUAL_SIZE = {
     "bloodmnist": 28,
     "pbc": 128,

@@ -12,6 +12,9 @@ from torch import nn
 
 from utils import InputError
 
+# Settings that came after the first kept runs, with the values that those runs stand for.
+LATER_SETTINGS = {"decay_images": 0, "jpeg_chroma": "mean"}
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -69,6 +72,13 @@ class ModelConfig:
         """Raise InputError naming the setting `name`, unless the condition holds."""
         if not condition:
             raise InputError(f"{name} must be {rule}, got {getattr(self, name)}")
+
+
+def stored_settings(stored: dict, config: ModelConfig) -> dict:
+    """Settings as a file holds them, and those of LATER_SETTINGS that such a config has by now."""
+    names = {field.name for field in dataclasses.fields(config)}
+    later = {name: value for name, value in LATER_SETTINGS.items() if name in names}
+    return later | stored
 
 
 def help_texts(config: ModelConfig) -> dict[str, str]:

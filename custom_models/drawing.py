@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 from custom_models import make_config
+from custom_models.config import stored_settings
 from utils import (
     BLOOD_CLASSES,
     SYNTHETIC,
@@ -167,7 +168,9 @@ def _check_sha256(path: Path) -> None:
 def _build(path: Path, about: dict, tensors: dict[str, torch.Tensor]) -> nn.Module:
     """The model that `about` describes, with these float16 weights."""
     try:
-        config = make_config(about["model"], about["preset"], **about["config"])
+        preset = make_config(about["model"], about["preset"])
+        settings = stored_settings(about["config"], preset)
+        config = make_config(about["model"], about["preset"], **settings)
         model = config.build()
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
@@ -317,9 +320,9 @@ def fill_up(
     """Draw for each class as many images as it lacks to the largest; returns how many by class.
 
     model, about: as `load_model` returns them. train: the images that the model was trained on,
-    whose classes are filled up. Writes CLASS/synthetic_CLASS_0000.png … and synthetic.csv (file,
-    class, sha256 of the checkpoint, seed) into `out`, a folder that is new or empty. No image is
-    one of `write_samples`. Raises InputError for other training images, since test images may have
+    whose classes are filled up. Writes CLASS/synthetic_CLASS_0000.png …, grid.png and synthetic.csv
+    (file, class, sha256 of the checkpoint, seed) into `out`, a folder that is new or empty. No image
+    is one of `write_samples`. Raises InputError for other training images, since test images may have
     been among those that the model was trained on.
     """
     what = f"{about['model']} {about['preset']}"
@@ -345,16 +348,19 @@ def fill_up(
         raise InputError("every class has as many images as the largest; there is none to fill up")
 
     def fill(folder: Path) -> None:
-        lines = []
-        for name, n in missing.items():
-            if n == 0:
-                continue
+        lines, rows = [], []
+        lacking = {name: n for name, n in missing.items() if n}
+        shown = min(IN_GRID, *lacking.values())
+        for name, n in lacking.items():
             below = folder / _file_name(name)
             noise = derive_seed(seed, f"filling up {name}")
-            for number, image in enumerate(_draw_class(model, about, name, n, noise)):
+            images = _draw_class(model, about, name, n, noise)
+            rows.append(images[:shown])
+            for number, image in enumerate(images):
                 file = below / f"{SYNTHETIC}{_file_name(name)}_{number:04d}.png"
                 _save(image, file)
                 lines.append((file.relative_to(folder).as_posix(), name, about["sha256"], seed))
+        save_png(labelled_grid(torch.cat(rows), list(lacking), shown), folder / "grid.png")
         with open(folder / "synthetic.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(("file", "class", "checkpoint_sha256", "seed"))

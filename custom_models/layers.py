@@ -165,7 +165,7 @@ class JPEG(nn.Module):
                 halved = F.pad(halved, (0, 0, 0, -halved.shape[2] % 8), mode="replicate")
                 chroma = _transform(halved, self.cosines)
             else:
-                # The low half of a block's frequencies is the block at half its size, twice as high.
+                # The low half of a block's frequencies is the block at half its size, doubled.
                 chroma = _transform(ycbcr[:, 1:], self.cosines_16)[..., :8, :8] / 2
             return self._in_rows(luma, self.tables[0]), self._in_rows(chroma, self.tables[1])
 

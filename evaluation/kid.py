@@ -15,6 +15,9 @@ def kernel_distance(real: torch.Tensor, fake: torch.Tensor) -> tuple[float, floa
     sets (Arvesen 1969); where the two distributions agree, it is too large by up to √2. Raises
     InputError for fewer than three images, other dimensions, NaN or infinite values.
 
+    Not torch-fidelity's, with which it agrees: that one averages over random subsets, so that its
+    value depends on them, and has no error of its own; a machine with torch alone has none at all.
+
     Bińkowski et al. 2018, sec. 4.
     """
     real, fake = torch.as_tensor(real).double(), torch.as_tensor(fake).double()

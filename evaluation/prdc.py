@@ -16,6 +16,9 @@ def precision_recall_density_coverage(real: torch.Tensor, fake: torch.Tensor, k:
     divided by k, which may exceed 1; coverage, the share of real balls that hold a fake. Raises
     InputError for fewer than k + 1 images of a kind, other dimensions, NaN or infinite values.
 
+    Not torch-fidelity's, with whose precision and recall it agrees: it has no density and coverage,
+    and a machine with torch alone doesn't have it.
+
     Kynkäänniemi et al. 2019, eq. 1 and 2; Naeem et al. 2020, eq. 3 and 4.
     """
     if not 1 <= k < min(len(real), len(fake)):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from custom_models.ablations import Ablation
+from custom_models.config import LATER_SETTINGS
 from evaluation.protocol import Protocol
 from utils import (
     ImageSet,
@@ -516,7 +517,8 @@ def _check_trainings(name: str, group: list[dict]) -> None:
             f"{name}: seeds {sorted(seeds)} hold one twice; "
             "every run in a mean must be a training of its own"
         )
-    if any(record["config"] != group[0]["config"] for record in group):
+    configs = [LATER_SETTINGS | record["config"] for record in group]
+    if any(config != configs[0] for config in configs):
         raise InputError(
             f"{name}: its runs have different configurations; remove those of the older one"
         )
@@ -553,8 +555,7 @@ def _row(model: str, preset: str, dataset: str, group: list[dict]) -> dict:
 def _stored_as(config: dict) -> str:
     """How a model's images are stored before they are measured."""
     quality = config.get("jpeg_quality")
-    # Runs from before that setting halved colours by means.
-    return f"JPEG {quality}, {config.get('jpeg_chroma', 'mean')}" if quality else "as drawn"
+    return f"JPEG {quality}, {(LATER_SETTINGS | config)['jpeg_chroma']}" if quality else "as drawn"
 
 
 def _trained_on(record: dict) -> str:
@@ -697,8 +698,8 @@ def _markdown(rows: list[dict]) -> str:
 STORED_WORDS = (
     "Stored as: how the images were stored before they were measured; \"mean\": as JPEG with "
     "colours halved by means of four pixels, as most programs do, \"dct\": within the cosine "
-    "transform. BloodMNIST's own cells are JPEGs of quality 75, dct, whose traces a Fréchet distance "
-    "sees, so rows that differ here differ for that reason, too."
+    "transform. BloodMNIST's own cells are JPEGs of quality 75, dct, whose traces a Fréchet "
+    "distance sees, so rows that differ here differ for that reason, too."
 )
 TRUST_WORDS = {
     "domain_frechet": "FD (domain): on features of our own cell classifier, {n_domain:,} images, "

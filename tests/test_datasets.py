@@ -23,6 +23,7 @@ from utils import (
     BLOOD_CLASSES,
     LOADERS,
     PATIENTS,
+    PBC_CLASSES,
     PBC_FOLDER,
     SPLITS,
     USUAL_SIZE,
@@ -380,6 +381,19 @@ def test_resized_images_are_cached_until_a_file_changes(folder, own_cache, monke
     assert any(not torch.equal(first[s].images, third[s].images) for s in SPLITS)
 
 
+def test_a_folder_of_equal_names_sizes_and_times_is_another_one(tmp_path):
+    """As copying with times, or an archive that can be made again, leaves them."""
+    for name, shade in (("one", 0), ("two", 255)):
+        for kind in "ab":
+            for number in range(4):
+                path = tmp_path / name / kind / f"{number}.bmp"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (5, 5), (shade, number, ord(kind))).save(path)
+                os.utime(path, (0, 0))
+    one, two = (load_dataset("folder", tmp_path / name, 5, "train") for name in ("one", "two"))
+    assert (one.images[:, 0] == 0).all() and (two.images[:, 0] == 255).all()
+
+
 def test_a_changed_zip_is_read_anew(tmp_path):
     first = load_dataset("folder", write_zip(tmp_path / "x.zip", FILES), 5)
     changed = {name: png((7, 7, 40 + len(name))) for name in FILES}
@@ -484,6 +498,10 @@ def test_a_zip_that_leads_outside_is_bad_input(name, tmp_path, bad_input):
 
 def test_a_zip_of_absurd_size_is_bad_input(tmp_path, monkeypatch, bad_input):
     path = write_zip(tmp_path / "x.zip", FILES | {"a/zeros.png": bytes(10**6)})
+    monkeypatch.setattr(utils, "LARGEST_MEMBER", 10**5)  # however little it was packed
+    with bad_input(str(path), "a/zeros.png", "too much for one image"):
+        load_dataset("folder", path, 5)
+    monkeypatch.setattr(utils, "LARGEST_MEMBER", 10**9)
     monkeypatch.setattr(utils, "LARGEST_DENSE_MEMBER", 10**5)
     with bad_input(str(path), "a/zeros.png", "200 times"):
         load_dataset("folder", path, 5)
@@ -542,12 +560,12 @@ def test_data_dirs_are_recognised(pbc_folder, pbc_zip, folder, tmp_path):
     any_zip = write_zip(tmp_path / "x.zip", FILES)
     for path in (folder, any_zip):
         assert recognise_data_dir(str(path)) == ("folder", path)
-    own = inner / "neutrophil" / "mine.png"
-    own.write_bytes(png("red"))  # PBC's are .jpg: images of one's own
-    assert recognise_data_dir(inner) == ("folder", inner)
-    own = own.rename(own.with_name("IMG_0001.jpg"))  # nor do they have a camera's names
-    assert recognise_data_dir(inner) == ("folder", inner)
-    own.unlink()
+    own = {f"{name}/IMG_{i}.jpg": png(i) for name in PBC_CLASSES for i in range(4)}
+    camera = write_folder(tmp_path / "camera", own)  # PBC's classes, but a camera's names
+    assert recognise_data_dir(camera) == ("folder", camera)
+    # One strange file among PBC's own must not change size and split without a word.
+    (inner / "neutrophil" / "mine.png").write_bytes(png("red"))
+    assert recognise_data_dir(inner) == ("pbc", inner)
     shutil.rmtree(inner / "platelet")  # no longer PBC's classes
     assert recognise_data_dir(inner) == ("folder", inner)
     for path in (pbc_zip, packed, folder, any_zip):
@@ -558,6 +576,35 @@ def test_another_image_among_pbc_s_is_bad_input(pbc_folder, bad_input):
     (pbc_folder / PBC_FOLDER / "neutrophil" / "mine.png").write_bytes(png("red"))
     with bad_input("neutrophil/mine.png is none of PBC's images", "--dataset folder"):
         load_dataset("pbc", pbc_folder, 9, "train")
+
+
+def test_an_empty_class_of_pbc_is_named(pbc_folder, bad_input):
+    for path in (pbc_folder / PBC_FOLDER / "ig").iterdir():
+        path.unlink()
+    with bad_input("class sub-folder ig is empty"):
+        load_dataset("pbc", pbc_folder, 9, "train")
+
+
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        (b"\xff\xfe\x00", "can't be read"),
+        (b"split,index,file\n", "lists no file of train, val, test"),
+    ],
+)
+def test_a_broken_split_file_is_bad_input(data, words, pbc_folder, bad_input):
+    path = pbc_folder / "pbc_split.csv"
+    path.write_bytes(data)
+    with bad_input(str(path), words):
+        load_dataset("pbc", pbc_folder, 9, "train")
+
+
+def test_a_zip_with_the_slashes_of_windows_is_read(tmp_path, monkeypatch):
+    expected = load_dataset("folder", write_zip(tmp_path / "x.zip", FILES), 5, "train")
+    turned = {name.replace("/", "\\"): data for name, data in FILES.items()}
+    # As older packers there write it; this one would turn them back on Windows.
+    found = load_dataset("folder", write_zip(tmp_path / "y.zip", turned), 5, "train")
+    assert torch.equal(found.images, expected.images) and found.classes == expected.classes
 
 
 def test_names_in_a_zip_of_macos_are_read_as_utf_8(tmp_path):

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from custom_models import MODELS
-from custom_models.drawing import as_kept
+from custom_models.drawing import as_kept, load_model
 from evaluation import features, figures, judge, kid, per_class, protocol
 from generative_pipeline import GenerativePipeline, derive_seed, run_folder
 from utils import BLOOD_CLASSES, ImageSet, class_balanced_labels, to_uint8
@@ -191,7 +191,9 @@ def test_a_run_killed_at_random_equals_an_uninterrupted_one(
         return process
 
     whole = start("whole")
-    chance = random.Random()  # another moment each time
+    seed = random.randrange(2**32)  # other moments each time
+    print(f"moments drawn with seed {seed}")
+    chance = random.Random(seed)
     checkpoint = tmp_path / "killed" / "checkpoint.pt"
     steps = []
     for _ in range(2):
@@ -586,7 +588,7 @@ def test_the_mean_takes_in_batch_statistics_too(make):
 
 
 @pytest.mark.parametrize("name", ["dcgan", "ddpm"])
-def test_the_mean_is_sampled_and_the_raw_weights_stay_available(name, make):
+def test_the_mean_is_sampled_and_the_raw_weights_stay_available(name, make, bad_input):
     pipeline = make(name, validation_epochs=0, ema_decay=0.99)
     pipeline.train()
     labels = torch.arange(8)
@@ -598,6 +600,16 @@ def test_the_mean_is_sampled_and_the_raw_weights_stay_available(name, make):
     assert torch.equal(plain.sample(labels, raw=True), raw)
     # The kept weights are rounded.
     assert (plain.sample(labels).int() - raw.int()).abs().float().mean() < 1
+    # What is kept of a run are the mean's weights alone.
+    again = make(name, validation_epochs=0, ema_decay=0.99)
+    again.train()
+    assert torch.equal(again.sample(labels, raw=True), raw)
+    pipeline.checkpoint_path.unlink()
+    again = make(name, validation_epochs=0, ema_decay=0.99)
+    again.train()
+    assert torch.equal(again.sample(labels), kept)
+    with bad_input(str(pipeline.out), "raw weights", "train it again"):
+        again.sample(labels, raw=True)
 
 
 def test_without_a_validation_split_the_last_step_is_kept(make):
@@ -1135,8 +1147,39 @@ def test_settings_that_came_later_leave_the_identity_of_earlier_runs_as_it_was(m
         ("ddpm", "baseline", "decay_images", 0, 1000),
     ):
         before, after = (make(model, preset=preset, **{name: v}) for v in (earlier, other))
-        assert name not in before._identity() and after._identity()[name] == other
         assert before.weights_key() != after.weights_key()
+        assert before._identity()[name] == earlier and name not in before._named()
+
+
+@pytest.mark.parametrize("model", ["cvae", "dcgan"])
+def test_files_from_before_a_setting_came_are_still_the_run_s(make, model, bad_input):
+    """Whatever value of it the preset has by now."""
+    pipeline = make(model, preset="best", jpeg_chroma="mean")
+    pipeline.train()
+    record = pipeline.evaluate()
+    state = torch.load(pipeline.weights_path, weights_only=True)
+    del state["identity"]["jpeg_chroma"], record["config"]["jpeg_chroma"]
+    torch.save(state, pipeline.weights_path)
+    text = json.dumps(record)
+    pipeline.record_path.write_text(text)
+    pipeline.checkpoint_path.unlink()
+    again = make(model, preset="best", jpeg_chroma="mean")
+    again.train()
+    assert again.evaluate() == json.loads(text)
+    assert load_model(pipeline.weights_path)[0].config.jpeg_chroma == "mean"
+    with bad_input("jpeg_chroma ('mean' there, 'dct' here)"):
+        make(model, preset="best", jpeg_chroma="dct").check_folder()
+
+
+@pytest.mark.parametrize("model", ["cvae", "dcgan", "ddpm", "cwgan_gp"])
+def test_a_finished_and_measured_run_is_taken_up_again(make, model, monkeypatch):
+    pipeline = make(model)
+    pipeline.train()
+    record = pipeline.evaluate()
+    again = make(model)
+    monkeypatch.setattr(again.model, "training_step", None)
+    again.train()
+    assert again.evaluate() == json.loads(json.dumps(record))
 
 
 def test_too_few_images_to_measure_by_are_told_before_the_training(make, bad_input):

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from custom_models import make_config
+from custom_models.config import stored_settings
 from evaluation import augmentation, features, tables, train_on_generated
 from evaluation.reference import SHIPPED, load_reference
-from generative_pipeline import LATER_SETTINGS, run_folder
+from generative_pipeline import run_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -101,12 +102,12 @@ OF_DATA = {"n_classes", "image_channels", "image_size"}  # what the data decides
 
 @pytest.mark.parametrize("page, record", RUNS)
 def test_a_preset_s_name_stands_for_its_settings(page, record):
-    preset = json.loads(json.dumps(asdict(make_config(record["model"], record["preset"]))))
+    own = make_config(record["model"], record["preset"])
+    preset = json.loads(json.dumps(asdict(own)))
     free = OF_DATA | ({"jpeg_quality"} if page != RESULTS else set())
-    config = dict(LATER_SETTINGS) | record["config"]  # some came after the first kept runs
-    config = {name: value for name, value in config.items() if name in preset}
+    config = stored_settings(record["config"], own)
     changed = {name for name, value in config.items() if preset[name] != value}
-    assert record["config"].keys() <= config.keys() == preset.keys() and changed <= free
+    assert config.keys() == preset.keys() and changed <= free
 
 
 @pytest.mark.parametrize("page, record", RUNS)

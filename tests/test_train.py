@@ -12,6 +12,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +134,7 @@ BAD = {
     "one image of a class": (["--conditional", "true", "--per_class", "1"], "two images or more"),
     "wrong seed": (["--seed", "one"], "'one'"),
     "no pixels": (["--image_size", "0"], "image_size must be at least 1"),
+    "too many pixels": (["--image_size", "200000"], "must be between 1 and 1024 pixels"),
 }
 
 
@@ -150,6 +152,25 @@ def test_bad_input_ends_with_one_line_and_writes_nothing(
     code = run_here([*command, *options], monkeypatch)
     check_refusal(code, *capsys.readouterr(), words)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "names, words",
+    [
+        (["a/0.png", "../b/1.png"], "leads outside the zip"),
+        (["a/0.png", "b/"], "class sub-folder b is empty"),
+        (["a/0.png"], "a has 1 image"),
+    ],
+)
+def test_bad_data_of_one_s_own_ends_with_one_line(names, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CACHE_ROOT", str(tmp_path / "cache"))
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name in names:
+            archive.writestr(name, b"" if name.endswith("/") else b"no image")
+    command = ["train.py", "--data_dir", str(tmp_path / "x.zip"), "--out", str(tmp_path / "run")]
+    code = run_here([*command, "--extractor", "demo"], monkeypatch)
+    check_refusal(code, *capsys.readouterr(), words)
+    assert os.listdir(tmp_path) == ["x.zip"]
 
 
 def test_cuda_without_a_gpu(command, tmp_path, monkeypatch, capsys):
@@ -295,13 +316,23 @@ def test_options_take_every_type_and_published_names_mean_the_same():
         ("bloodmnist", None, 64, "bloodmnist64/runs"),
         ("pbc", "somewhere", 128, "pbc128/runs"),
         ("celeba:Eyeglasses", None, 64, "celeba-Eyeglasses64/runs"),
-        ("folder", "some/where/my.cells", 64, "my.cells64/runs"),
-        ("folder", "some/where/cells.zip", 64, "cells64/runs"),
+        ("folder", "some/where/my.cells", 64, "folder-my.cells64/runs"),
+        ("folder", "some/where/cells.zip", 64, "folder-cells64/runs"),
     ],
 )
 def test_every_data_set_and_size_has_its_own_folder(dataset, root, size, folder):
     found = default_folder(dataset, root, size, "cvae", "best", 3)
     assert found == RESULTS / folder / "cvae-best" / "seed3"
+
+
+@pytest.mark.parametrize("name", ["pbc_clinic", "pbc", "pbc64", "cells"])
+def test_git_ignores_the_runs_on_one_s_own_images(name):
+    """They hold pictures of the images, which may be of patients."""
+    own = default_folder("folder", f"somewhere/{name}.zip", 64, "cvae", "best", 0)
+    public = default_folder("pbc", None, 64, "cvae", "best", 0)
+    for path, expected in ((own, 0), (public, 1)):
+        command = ["git", "check-ignore", "-q", str(path / "samples.png")]
+        assert subprocess.run(command, cwd=RESULTS.parent, check=False).returncode == expected
 
 
 @pytest.mark.parametrize(("native", "usual"), [(True, "bfloat16"), (False, "float32")])
@@ -554,6 +585,7 @@ def test_rare_classes_are_filled_up(trained, tiny_arrays, tmp_path, monkeypatch,
     for name, n in missing.items():
         own = sorted(file for file in files if file.startswith(f"{name}/"))
         assert own == [f"{name}/synthetic_{name}_{i:04d}.png" for i in range(n)]
+    assert files.pop("grid.png")
     assert len(files) == sum(missing.values()) and not (out / "basophil").exists()
     drawn = ("--class", "platelet", "--n", "19")
     assert draw(monkeypatch, weights, tmp_path / "drawn", *drawn) == 0
