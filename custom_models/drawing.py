@@ -321,9 +321,9 @@ def fill_up(
 
     model, about: as `load_model` returns them. train: the images that the model was trained on,
     whose classes are filled up. Writes CLASS/synthetic_CLASS_0000.png …, grid.png and synthetic.csv
-    (file, class, sha256 of the checkpoint, seed) into `out`, a folder that is new or empty. No image
-    is one of `write_samples`. Raises InputError for other training images, since test images may have
-    been among those that the model was trained on.
+    (file, class, sha256 of the checkpoint, seed) into `out`, a folder that is new or empty. None of
+    the images is one of `write_samples`. Raises InputError for other training images, since test
+    images may have been among those that the model was trained on.
     """
     what = f"{about['model']} {about['preset']}"
     if not model.conditional:

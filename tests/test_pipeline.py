@@ -608,7 +608,7 @@ def test_the_mean_is_sampled_and_the_raw_weights_stay_available(name, make, bad_
     again = make(name, validation_epochs=0, ema_decay=0.99)
     again.train()
     assert torch.equal(again.sample(labels), kept)
-    with bad_input(str(pipeline.out), "raw weights", "train it again"):
+    with bad_input(str(pipeline.out), "raw weights", "train again"):
         again.sample(labels, raw=True)
 
 
