@@ -26,7 +26,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from xml.etree import ElementTree
@@ -490,6 +490,24 @@ def _zip_entries(source: Path) -> list[tuple]:
     ]
 
 
+@contextlib.contextmanager
+def _reader(source: Path) -> Iterator[Callable[[str], bytes]]:
+    """What reads a file `class/name` of a folder or zip."""
+    if source.is_dir():
+        yield lambda name: (source / name).read_bytes()
+        return
+    with _open_zip(source) as archive:
+        paths = [(_parts(name), name) for name in archive.namelist()]
+        members = {"/".join(p[-2:]): name for p, name in paths if not _is_hidden(p)}
+        yield lambda name: archive.read(members[name])
+
+
+def image_sizes(source: Path, names: list[str]) -> list[tuple[int, int]]:
+    """Width and height, in pixels, of the named images of a folder or zip, as they are stored."""
+    with _reader(source) as read:
+        return [Image.open(io.BytesIO(read(name))).size for name in names]
+
+
 BILINEAR = Image.Resampling.BILINEAR  # Pillow's is antialiased
 
 
@@ -524,15 +542,11 @@ def resize_images(
     """
     images = np.empty((len(names), size, size, 3), np.uint8)
     highest = brightest = 0  # of all 16-bit pixels; of all pixels in 8 bits
-    opened = contextlib.nullcontext() if source.is_dir() else _open_zip(source)
-    with opened as archive, warnings.catch_warnings():
+    with _reader(source) as read, warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        paths = [(_parts(name), name) for name in archive.namelist()] if archive else []
-        members = {"/".join(p[-2:]): name for p, name in paths if not _is_hidden(p)}
         for row, name in enumerate(progress(names, desc=f"{source.stem} at {size} pixels")):
             try:
-                data = archive.read(members[name]) if archive else (source / name).read_bytes()
-                image = Image.open(io.BytesIO(data))
+                image = Image.open(io.BytesIO(read(name)))
                 if image.mode.startswith("I"):
                     highest = max(highest, image.getextrema()[1])
                 if image.format == "TIFF" and image.n_frames > 1:

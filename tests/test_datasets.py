@@ -31,6 +31,7 @@ from utils import (
     InputError,
     bccd_counts,
     find_duplicates,
+    image_sizes,
     load_dataset,
     make_grid,
     recognise_data_dir,
@@ -605,6 +606,9 @@ def test_a_zip_with_the_slashes_of_windows_is_read(tmp_path, monkeypatch):
     # As older packers there write it; this one would turn them back on Windows.
     found = load_dataset("folder", write_zip(tmp_path / "y.zip", turned), 5, "train")
     assert torch.equal(found.images, expected.images) and found.classes == expected.classes
+    names = ["a/0.PNG", "Größe 2/0.png"]
+    sizes = [Image.open(io.BytesIO(FILES[name])).size for name in names]
+    assert image_sizes(tmp_path / "y.zip", names) == sizes
 
 
 def test_names_in_a_zip_of_macos_are_read_as_utf_8(tmp_path):
