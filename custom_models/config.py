@@ -26,7 +26,7 @@ class ModelConfig:
     epochs: int = 100  # passes over the training images
     batch_size: int = 128  # images of one update
     # At first (1 + n) / (10 + n) after n updates, which reaches 0.999 only after 8,990.
-    ema_decay: float = 0.0  # the largest of the weights' running mean, in [0, 1); 0: none
+    ema_decay: float = 0.0  # share of the past in the running mean of the weights; 0: no mean
     flips_and_turns: bool = False  # show each image in one of its eight flips and turns, at random
     validation_epochs: int = 0  # epochs between validation KIDs; 0: the last step is kept
 

@@ -39,7 +39,7 @@ class Config(ModelConfig):
     p_mean: float = -1.2  # mean of log σ in training
     p_std: float = 1.2  # its standard deviation
     lr: float = 1e-3  # largest step size of Adam
-    warmup_images: int = 100_000  # images over which the learning rate rises from 0 to lr
+    warmup_images: int = 250_000  # images over which the learning rate rises from 0 to lr
     decay_images: int = 4_400_000  # images over which lr falls to a fiftieth, by a cosine
     epochs: int = 420
     batch_size: int = 256
@@ -52,7 +52,7 @@ class Config(ModelConfig):
     rho: float = 7.0  # how much denser the levels lie at low noise; 1: evenly
     guidance_scale: float = 1.0  # how strongly the class pulls at a sample; 1: as trained
     jpeg_quality: int = 75  # of the JPEG that samples are stored in, as BloodMNIST was; 0: none
-    jpeg_chroma: str = "mean"  # how its files halve colours: mean or dct, as in `layers.JPEG`
+    jpeg_chroma: str = "dct"  # how its files halve colours: mean or dct, as in `layers.JPEG`
     JPEG_ELSEWHERE: ClassVar[int] = 0  # jpeg_quality for data that was not stored as JPEG
 
     def __post_init__(self):
@@ -114,6 +114,7 @@ SMALL = replace(
     # Chosen by validation KID, among solvers of 16 evaluations.
     sampler="ddim",
     sampling_steps=16,
+    jpeg_chroma="mean",
 )
 
 # What quality is measured against, with one set of weights: each solver's steps, then guidance.

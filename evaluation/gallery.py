@@ -17,12 +17,12 @@ from utils import InputError, exit_on_bad_input, write_text
 
 PAGE, MADE_BY = "README.md", "Made by `python -m evaluation.gallery`"
 COMPARISONS = {
-    "comparison.png": "Real cells beside those of the published presets and their stand-ins, the "
+    "comparison.png": "Real images beside those of the published presets and their stand-ins, the "
     "first that were drawn.",
-    "comparison_best.png": "Real cells beside those of the `best` presets, or of a stand-in where "
+    "comparison_best.png": "Real images beside those of the `best` presets, or of a stand-in where "
     "it says reduced, the first that were drawn.",
     "distances.png": "Fréchet distance of every training, a dot each; the dashed line is what "
-    "held-out real cells get.",
+    "held-out real images get.",
     "cost.png": "Fréchet distance against images seen in training, and against seconds.",
     "stability.png": "Kernel distance on the validation split as training goes on; the dot is the "
     "step that was kept.",
@@ -35,14 +35,14 @@ TABLES = {
     "compare_models.ipynb": "the comparison of the models, executed",
 }
 PICTURES = {
-    "suspicious_pairs.png": "Cells that lie nearest to a training cell, measured by the nearest "
-    "held-out one. A copy would look the same as the cell in the middle, and unlike the third.",
+    "suspicious_pairs.png": "Images that lie nearest to a training cell, measured by the nearest "
+    "held-out one. A copy would look the same as the one in the middle, and unlike the third.",
     "losses.png": "Losses, and what else the training logged.",
     "frechet_infinity.png": "The Fréchet distance at several numbers of images, and the line that "
     "leads to endlessly many, FD∞.",
     "sampling.png": "Kernel distance of the same weights' images by several solvers and numbers of "
     "steps, and under guidance; the ring is what the preset uses.",
-    "per_class.png": "Real cells beside generated ones, with each class's own distances.",
+    "per_class.png": "Real images beside generated ones, with each class's own distances.",
 }
 # They show distances of a run, which one at a reduced budget may not have.
 OF_MEASURED = ("frechet_infinity.png", "per_class.png", "per_class.md")
@@ -190,7 +190,7 @@ def _run(results: Path, row: dict, folders: dict[int, Path]) -> list[str]:
         *_pictures(
             results,
             folder,
-            {"samples.png": "Real cells and generated ones, the first that were drawn."},
+            {"samples.png": "Real images and generated ones, the first that were drawn."},
             name,
         ),
         *numbers,
