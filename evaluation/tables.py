@@ -28,6 +28,7 @@ RECOGNISED = 0.8  # share of a conditional model's samples
 # Change of a curve's mean from the last fifth but one to the last: a share of that mean, or of the
 # curve's whole range for one that ends near zero.
 FLAT, FLAT_OF_RANGE = 0.05, 0.001
+SURE = 3  # standard errors
 FIELDS = (
     "model",
     "preset",
@@ -156,6 +157,9 @@ def results_table(records: list[dict], floor: dict | None = None) -> list[dict]:
     for record in records:
         groups[record["model"], record["preset"], record["dataset"]["name"]].append(record)
     rows = [_row(*key, group) for key, group in groups.items()]
+    for row in rows:
+        if near := _nearer_than_real(row, floor or {}):
+            row["copies_verdict"] += f"; nearer than real cells by {near}"
     by = "frechet_mean" if any(row["frechet_mean"] is not None for row in rows) else "kid_mean"
     rows.sort(key=lambda row: (row[by] is None, row[by] or 0, row["model"], row["preset"]))
     return ([_floor_row(floor)] if floor else []) + rows
@@ -660,6 +664,23 @@ def _verdict(metrics: list[dict]) -> str:
     return ", ".join(f"{verdict} ({n})" for verdict, n in sorted(counts.items()))
 
 
+def _nearer_than_real(row: dict, floor: dict) -> str:
+    """By which numbers the images lie nearer to training cells than real ones do, if by any.
+
+    AuthPct is a share of images, and C_T a z-score: both beyond three standard errors.
+    """
+    real = floor.get("copies", {})
+    names = []
+    authentic, control = row["authpct_mean"], real.get("authpct")
+    if None not in (authentic, control):
+        shares = [value / 100 for value in (authentic, control)]
+        error = 100 * math.sqrt(sum(p * (1 - p) for p in shares) / row["n_fake"])
+        names += ["AuthPct"] * (authentic < control - SURE * error)
+    if None not in (row["ct_mean"], real.get("ct")):
+        names += ["C_T"] * (row["ct_mean"] < min(-SURE, real["ct"]))
+    return " and ".join(names)
+
+
 def _rules(row: dict) -> str:
     """The protocol that all rows of a table share, in words."""
     return (
@@ -714,9 +735,10 @@ TRUST_WORDS = {
     "copied_share": "Copies: share of images much closer to one training cell than to the fifth "
     "nearest, in pixels, beyond what held-out cells lead to expect.",
     "authpct": "AuthPct: share of images not closer to a training cell than its nearest "
-    "neighbour, in %; less than real cells' means copying, or blur.",
+    "neighbour, in %; less than real cells' means copying, or blur, and by more than three "
+    "standard errors is told beside the verdict.",
     "ct": "C_T: below real cells' where images lie nearer to training cells than real ones do, by "
-    "copying or by blur; with 8 to 12 regions instead of 10 real cells' moves by 0.1, a "
+    "copying or by blur, which is told beside the verdict below -3; with 8 to 12 regions instead of 10 real cells' moves by 0.1, a "
     "generator's by up to a quarter, or 0.6.",
 }
 

@@ -325,6 +325,26 @@ def test_real_cells_stand_above_the_classes(tmp_path):
     assert per_class_table([record(0)], floor) == []
 
 
+@pytest.mark.parametrize(
+    "authpct, ct, words",
+    [
+        (77.0, -0.5, ""),
+        (70.0, -0.5, "; nearer than real cells by AuthPct"),
+        (77.0, -4.0, "; nearer than real cells by C_T"),
+        (70.0, -4.0, "; nearer than real cells by AuthPct and C_T"),
+        (90.0, 5.0, ""),
+    ],
+)
+def test_images_nearer_to_training_cells_than_real_ones_are_told(authpct, ct, words):
+    verdict = {"verdict": "no sign of copies"}
+    one, floor = record(0), metrics(18.0)
+    one["metrics"]["copies"] = verdict | {"authpct": authpct, "ct": ct}
+    floor["copies"] = verdict | {"authpct": 77.4, "ct": -0.8}
+    control, row = results_table([one], floor)
+    assert control["copies_verdict"] == "no sign of copies"
+    assert row["copies_verdict"] == "no sign of copies" + words
+
+
 def test_the_floor_is_that_of_the_record_that_knows_most():
     old, new = {"kid": 1.0}, {"kid": 1.0, "copies": {}}
     records = [record(seed) for seed in range(3)]
