@@ -738,8 +738,8 @@ TRUST_WORDS = {
     "neighbour, in %; less than real cells' means copying, or blur, and by more than three "
     "standard errors is told beside the verdict.",
     "ct": "C_T: below real cells' where images lie nearer to training cells than real ones do, by "
-    "copying or by blur, which is told beside the verdict below -3; with 8 to 12 regions instead of 10 real cells' moves by 0.1, a "
-    "generator's by up to a quarter, or 0.6.",
+    "copying or by blur, which is told beside the verdict below -3; with 8 to 12 regions instead "
+    "of 10 real cells' moves by 0.1, a generator's by up to a quarter, or 0.6.",
 }
 
 

@@ -3,6 +3,7 @@ matplotlib and Pillow needed for a whole run; and the command that draws images.
 
 import csv
 import dataclasses
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -366,7 +367,7 @@ def test_the_published_command_line(kind, tiny_extractor, tmp_path, request, mon
     monkeypatch.setenv("EXTRACTOR", str(tiny_extractor))
     monkeypatch.setenv("CACHE_ROOT", str(tmp_path / "cache"))
     monkeypatch.setattr(GenerativePipeline, "_save_pictures", lambda *_: None)  # slow
-    command = ["train.py", f"--data_dir={data}{'.zip' if kind == 'zip' else ''}", "--epochs=1"]
+    command = ["train.py", f"--data_dir={data}{'.zip' if kind == 'zip' else ''}", "--epochs=2"]
     command += ["--batch_size=4", "--z_dim=8", "--embed_size=4", "--critic_step=2", "--lr=0.0002"]
     command += ["--lambda_gp=10", "--adam_beta_1_c=0", "--adam_beta_1_g=0.5", "--adam_beta_2=0.9"]
     kept = tmp_path / "kept" / "my.pt"
@@ -374,7 +375,26 @@ def test_the_published_command_line(kind, tiny_extractor, tmp_path, request, mon
         kept.mkdir(parents=True)
     command += [f"--checkpoint_path={kept}", f"--log_dir={tmp_path / 'log'}"]
     ours = [f"--out={tmp_path / 'run'}", "--device=cpu", "--base_channels=2"]
-    assert run_here([*command, "--seed=5", *ours], monkeypatch) == 0
+    command += ["--seed=5", *ours]
+    with monkeypatch.context() as broken:  # broken off in its second epoch
+        begin, train_epoch = GenerativePipeline.__init__, GenerativePipeline._train_epoch
+        often = functools.partialmethod(begin, checkpoint_seconds=0)
+        broken.setattr(GenerativePipeline, "__init__", often)
+        broken.setattr(
+            GenerativePipeline,
+            "_train_epoch",
+            lambda self, epoch: train_epoch(self, epoch) if epoch == 0 else sys.exit(9),
+        )
+        assert run_here(command, monkeypatch) == 9
+    assert not (tmp_path / "run" / "weights.pt").exists()
+    epochs = []
+    monkeypatch.setattr(
+        GenerativePipeline,
+        "_train_epoch",
+        lambda self, epoch: epochs.append(epoch) or train_epoch(self, epoch),
+    )
+    assert run_here([*command, "--resume"], monkeypatch) == 0
+    assert epochs == [1]
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert (record["model"], record["preset"], record["seed"]) == ("cwgan_gp", "baseline", 5)
     assert record["config"]["image_size"] == 128 and record["config"]["critic_steps"] == 2
