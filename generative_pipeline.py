@@ -689,8 +689,11 @@ class GenerativePipeline:
         result = per_class.evaluate_per_class(images, labels, self.sets, self.extractor())
         picture = figures.real_and_generated_by_class(result, self.sets["held_out"], images, labels)
         figures.save(picture, self.out / "per_class.png")
+        budget = self.budget()
+        what = "" if budget == "full" else f" at a {budget} budget, whose numbers enter no table"
+        heading = f"One training of {self.name} {self.preset}, seed {self.seed}{what}."
         table = per_class.per_class_markdown(result)
-        write_text(self.out / "per_class.md", table)
+        write_text(self.out / "per_class.md", f"{heading}\n\n{table}")
         text = json.dumps({**key, **result}, indent=1, ensure_ascii=False) + "\n"
         write_text(path, text)
         return {**key, **result}
