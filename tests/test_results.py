@@ -162,9 +162,11 @@ def test_the_readmes_words_have_the_numbers_of_the_records():
     rows = json.loads((RESULTS / "numbers" / "resize.json").read_text())["rows"]
     value = {row["name"]: f"{row['value']:,.0f}" for row in rows}
     without, stored = value["bilinear, antialiased, no JPEG"], value["bilinear, antialiased"]
-    as_stored = round(json.loads((RESULTS / "numbers" / "resize.json").read_text())["floor"])
+    floor = json.loads((RESULTS / "numbers" / "resize.json").read_text())["floor"]
     assert f"lack that JPEG lie at {without} from the reference, and at {stored} with it" in words
-    assert f"(n = 2,000; {as_stored} as they are stored" in words
+    assert "(n = 2,000), as they do as they are stored" in words and f"{floor:.0f}" == stored
+    pillow = value["bilinear, antialiased, Pillow's JPEG"]
+    assert f"with Pillow's, of the same quality, they lie at {pillow}." in words
     dcgan = [r for r in RECORDS[RESULTS] if (r["model"], r["preset"]) == ("dcgan", "best")]
     one, other = (round(r["metrics"]["frechet_distance"]) for r in dcgan)
     assert f"the DCGAN's two as `best` lie at {one} and {other}." in words
