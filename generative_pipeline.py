@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from torch.optim.swa_utils import AveragedModel
 
 from custom_models import MODELS, make_config
-from custom_models.config import LATER_SETTINGS, stored_settings
+from custom_models.config import stored_settings
 from custom_models.drawing import as_kept, derive_seed, draw, labelled_grid
 from evaluation import features, figures, judge, kid, per_class, protocol
 from evaluation.copies import Suspects
@@ -334,7 +334,7 @@ class GenerativePipeline:
 
     @property
     def checkpoint_path(self) -> Path:
-        if self._checkpoint_path is None:
+        if not self._checkpoint_path:
             return self.out / "checkpoint.pt"
         path = Path(self._checkpoint_path).expanduser()
         is_folder = path.is_dir() or str(self._checkpoint_path).endswith(("/", "\\"))
@@ -459,7 +459,7 @@ class GenerativePipeline:
         return {
             name: value
             for name, value in self._identity().items()
-            if (name, value) not in LATER_SETTINGS.items()
+            if (name, value) not in self.config.LATER.items()
         }
 
     # -----------------------------------------------------------------------------------------
@@ -690,10 +690,11 @@ class GenerativePipeline:
         picture = figures.real_and_generated_by_class(result, self.sets["held_out"], images, labels)
         figures.save(picture, self.out / "per_class.png")
         budget = self.budget()
-        what = "" if budget == "full" else f" at a {budget} budget, whose numbers enter no table"
-        heading = f"One training of {self.name} {self.preset}, seed {self.seed}{what}."
+        heading = f"One training of {self.name} {self.preset}, seed {self.seed}"
+        if budget != "full":
+            heading += f" at a {budget} budget, whose numbers never enter the main table"
         table = per_class.per_class_markdown(result)
-        write_text(self.out / "per_class.md", f"{heading}\n\n{table}")
+        write_text(self.out / "per_class.md", f"{heading}.\n\n{table}")
         text = json.dumps({**key, **result}, indent=1, ensure_ascii=False) + "\n"
         write_text(path, text)
         return {**key, **result}

@@ -298,7 +298,8 @@ def recognise_data_dir(path: str | Path) -> tuple[str, Path]:
     if any((path / name).exists() for name in PBC_NAMES):
         return "pbc", path
     classes = list_classes(path)
-    names = [name for found in classes.values() for name, *_ in found]
+    files = [name for found in classes.values() for name, *_ in found]
+    names = [name for name in files if _looks_like_an_image(name)]
     # What does not belong there is then named by `list_pbc`, instead of another split being drawn.
     mostly_pbc = sum(map(bool, map(PBC_FILE.fullmatch, names))) > len(names) / 2
     return "pbc" if set(classes) == set(PBC_CLASSES) and mostly_pbc else "folder", path
@@ -368,20 +369,21 @@ def _download_of(path: Path, help_text: str):
 # ---------------------------------------------------------------------------------------------
 
 LARGEST_ZIP = 20e9  # bytes, unpacked
+LARGEST_MEMBER = 1e9  # bytes of an image, unpacked
 # A member that unpacks to more than this many bytes, at more than this ratio, is no image.
-LARGEST_MEMBER = 1e9  # bytes, unpacked
 LARGEST_DENSE_MEMBER, LARGEST_RATIO = 100e6, 200
+OWN_GRID = "grid.png"  # what `drawing` writes beside the sub-folders of what it draws
 TWELVE_BITS = 4095  # the highest value of a 12-bit camera
 
 
-def list_classes(source: Path) -> dict[str, list[tuple[str, int, int]]]:
+def list_classes(source: Path) -> dict[str, list[tuple]]:
     """The class sub-folders of a folder or zip, sorted, with the sorted files of each.
 
-    A file is (name, bytes, stamp); the stamp is its times of change in a folder, of which copying
-    keeps one at most, and its checksum in a zip. Hidden files and files beside the sub-folders are
-    left out; one folder around all of a zip's content is looked through. Raises InputError where
-    there are no sub-folders, images beside them or folders in them, and for a zip that is broken,
-    leads outside or unpacks to an absurd size.
+    A file is (name, bytes, stamp); the stamp is its number and times of change in a folder, which
+    no copy has, and its checksum in a zip. Hidden files and files beside the sub-folders are left
+    out; one folder around all of a zip's content is looked through. Raises InputError where there
+    are no sub-folders, images beside them or folders in them, and for a zip that is broken, leads
+    outside or unpacks to an absurd size.
     """
     if not source.exists():
         raise InputError(f"{source} does not exist; name a folder or zip with class sub-folders")
@@ -400,7 +402,7 @@ def list_classes(source: Path) -> dict[str, list[tuple[str, int, int]]]:
     for parts, is_folder, size, stamp in entries:
         if len(parts) == 1 and is_folder:
             classes.setdefault(parts[0], {})
-        elif len(parts) == 1 and _looks_like_an_image(parts[0]):
+        elif len(parts) == 1 and _looks_like_an_image(parts[0]) and parts[0] != OWN_GRID:
             raise InputError(
                 f"{source}: image {parts[0]} lies in no class sub-folder; give each class its own"
             )
@@ -451,7 +453,7 @@ def _folder_entries(source: Path) -> list[tuple]:
             path.relative_to(source).parts,
             path.is_dir(),
             info.st_size,
-            (info.st_mtime_ns, info.st_ctime_ns),
+            (info.st_ino, info.st_mtime_ns, info.st_ctime_ns),
         )
         for path, info in ((path, path.stat()) for path in paths)
     ]
@@ -467,7 +469,7 @@ def _zip_entries(source: Path) -> list[tuple]:
             raise InputError(
                 f"{source}: member {info.filename!r} leads outside the zip; pack it anew"
             )
-        if info.file_size > LARGEST_MEMBER:
+        if info.file_size > LARGEST_MEMBER and _looks_like_an_image(info.filename):
             raise InputError(
                 f"{source}: member {info.filename!r} would unpack to {info.file_size / 1e9:.1f} "
                 "GB, too much for one image; leave it out"
@@ -485,7 +487,12 @@ def _zip_entries(source: Path) -> list[tuple]:
             "unpack it and name its folder"
         )
     return [
-        (_parts(info.filename), info.is_dir(), info.file_size, info.CRC)
+        (
+            _parts(info.filename),
+            info.filename.endswith(("/", "\\")),
+            info.file_size,
+            info.CRC,
+        )
         for info in members
     ]
 
@@ -834,11 +841,14 @@ def find_pbc(root: Path) -> Path:
 
 
 def list_pbc(source: Path) -> tuple[list[str], str]:
-    """Sorted names `class/file.jpg` and a fingerprint of the files.
+    """Sorted names `class/file.jpg` and a fingerprint of names and sizes.
 
-    Raises InputError for other classes, for an empty one and for a file that is none of PBC's.
+    Raises InputError for other classes, for an empty one and for an image that is none of PBC's.
     """
-    found = list_classes(source)
+    found = {
+        kind: [(file, size) for file, size, _ in files if _looks_like_an_image(file)]
+        for kind, files in list_classes(source).items()
+    }
     if set(found) != set(PBC_CLASSES):
         strange, missing = (
             sorted(one - other)
@@ -849,16 +859,16 @@ def list_pbc(source: Path) -> tuple[list[str], str]:
         )
     for kind, files in found.items():
         if not files:
-            raise InputError(f"{source}: class sub-folder {kind} is empty; get PBC anew")
+            raise InputError(f"{source}: class sub-folder {kind} has no images; get PBC anew")
     files = [(kind, *file) for kind, files in found.items() for file in files]
-    for kind, file, *_ in files:
+    for kind, file, _ in files:
         if not PBC_FILE.fullmatch(file):
             raise InputError(
                 f"{source}: {kind}/{file} is none of PBC's images, which have names such as "
                 "BA_100102.jpg; take it out, or load the images as a folder of your own "
                 "(--dataset folder)"
             )
-    return [f"{kind}/{file}" for kind, file, *_ in files], _fingerprint(files)
+    return [f"{kind}/{file}" for kind, file, _ in files], _fingerprint(files)
 
 
 def resize_pbc(source: Path, names: list[str], size: int) -> np.ndarray:
@@ -1285,8 +1295,8 @@ LOADERS = {
     "folder": _load_folder,
     "bccd": _load_bccd,
 }
-# Pixels, where no size is asked for.
 LARGEST_SIZE = 1024  # pixels
+# Pixels, where no size is asked for.
 USUAL_SIZE = {
     "bloodmnist": 28,
     "pbc": 128,

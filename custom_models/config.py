@@ -7,13 +7,11 @@ import io
 import math
 import tokenize
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
 from utils import InputError
-
-# Settings that came after the first kept runs, with the values that those runs stand for.
-LATER_SETTINGS = {"decay_images": 0, "jpeg_chroma": "mean"}
 
 
 @dataclass(frozen=True)
@@ -29,6 +27,8 @@ class ModelConfig:
     ema_decay: float = 0.0  # share of the past in the running mean of the weights; 0: no mean
     flips_and_turns: bool = False  # show each image in one of its eight flips and turns, at random
     validation_epochs: int = 0  # epochs between validation KIDs; 0: the last step is kept
+    # Settings that came after the first kept runs, with the values that those runs stand for.
+    LATER: ClassVar[dict] = {}
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -75,10 +75,8 @@ class ModelConfig:
 
 
 def stored_settings(stored: dict, config: ModelConfig) -> dict:
-    """Settings as a file holds them, and those of LATER_SETTINGS that such a config has by now."""
-    names = {field.name for field in dataclasses.fields(config)}
-    later = {name: value for name, value in LATER_SETTINGS.items() if name in names}
-    return later | stored
+    """Settings as a file holds them, with those that came later at what they were then."""
+    return config.LATER | stored
 
 
 def help_texts(config: ModelConfig) -> dict[str, str]:

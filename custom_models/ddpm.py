@@ -5,6 +5,7 @@ equation numbers are those of the paper), with the deterministic sampler of Song
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ class Config(ModelConfig):
     sampler: str = "ancestral"  # ancestral or ddim
     sampling_steps: int = 500  # of ddim; the ancestral sampler takes all T
     variance: str = "beta"  # of the ancestral sampler: beta or posterior
+    LATER: ClassVar[dict] = {"decay_images": 0}
 
     def __post_init__(self):
         super().__post_init__()
@@ -167,7 +169,7 @@ class Model(nn.Module):
         predicted = self.unet(self.diffuse(images, timesteps, noise), timesteps)
         loss = F.mse_loss(predicted.float(), noise)
         group = optimizers["adam"].param_groups[0]
-        group["images_seen"] += len(images)
+        group["images_seen"] = group.get("images_seen", 0) + len(images)
         if self.config.decay_images:
             done = group["images_seen"] / self.config.decay_images
             group["lr"] = self.config.lr * cosine_decay(done)

@@ -350,12 +350,12 @@ def fill_up(
     def fill(folder: Path) -> None:
         lines, rows = [], []
         lacking = {name: n for name, n in missing.items() if n}
-        shown = min(IN_GRID, *lacking.values())
+        shown = min(IN_GRID, max(lacking.values()))
         for name, n in lacking.items():
             below = folder / _file_name(name)
             noise = derive_seed(seed, f"filling up {name}")
             images = _draw_class(model, about, name, n, noise)
-            rows.append(images[:shown])
+            rows.append(_filled_with_white(images[:shown], shown))
             for number, image in enumerate(images):
                 file = below / f"{SYNTHETIC}{_file_name(name)}_{number:04d}.png"
                 _save(image, file)
@@ -368,6 +368,12 @@ def fill_up(
 
     _write_folder(out, fill)
     return missing
+
+
+def _filled_with_white(images: torch.Tensor, n: int) -> torch.Tensor:
+    """uint8 images, and white ones behind them, n in all."""
+    white = images.new_full((n - len(images), *images.shape[1:]), 255)
+    return torch.cat([images, white])
 
 
 def write_images(images: torch.Tensor, names: list[str], facts: dict, out: str | Path) -> None:

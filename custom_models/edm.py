@@ -54,6 +54,7 @@ class Config(ModelConfig):
     jpeg_quality: int = 75  # of the JPEG that samples are stored in, as BloodMNIST was; 0: none
     jpeg_chroma: str = "dct"  # how its files halve colours: mean or dct, as in `layers.JPEG`
     JPEG_ELSEWHERE: ClassVar[int] = 0  # jpeg_quality for data that was not stored as JPEG
+    LATER: ClassVar[dict] = {"jpeg_chroma": "mean"}
 
     def __post_init__(self):
         super().__post_init__()

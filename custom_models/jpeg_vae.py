@@ -40,6 +40,7 @@ class Config(ModelConfig):
     jpeg_quality: int = 75  # of the data set's files; other data sets need another, such as 95
     jpeg_chroma: str = "mean"  # how its files halve colours: mean or dct, as in `layers.JPEG`
     JPEG_ELSEWHERE: ClassVar[int] = 95  # jpeg_quality for data that was not stored as JPEG
+    LATER: ClassVar[dict] = {"jpeg_chroma": "mean"}
     lr: float = 1e-3  # step size of Adam
     batch_size: int = 64
     epochs: int = 12

@@ -16,7 +16,7 @@ def kernel_distance(real: torch.Tensor, fake: torch.Tensor) -> tuple[float, floa
     InputError for fewer than three images, other dimensions, NaN or infinite values.
 
     Not torch-fidelity's, with which it agrees: that one averages over random subsets, so that its
-    value depends on them, and has no error of its own; a machine with torch alone has none at all.
+    value depends on them, as does its spread; and a machine with torch alone doesn't have it.
 
     Bińkowski et al. 2018, sec. 4.
     """

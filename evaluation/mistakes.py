@@ -277,8 +277,8 @@ def resize(setup: Setup) -> dict:
     """The cells made small from their 200-pixel originals in six ways."""
     return _against_train(
         setup,
-        "Held-out real cells made small from 200 pixels in several ways and stored as JPEG, as "
-        "the data set is, against the train cells (bilinear, antialiased)",
+        "Held-out real cells made small from 200 pixels in several ways and, where nothing else is "
+        "said, stored as JPEG as the data set is, against the train cells (bilinear, antialiased)",
         resized(originals(setup), setup.cells.shape[-1]),
     )
 

@@ -9,8 +9,9 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from custom_models import make_config
 from custom_models.ablations import Ablation
-from custom_models.config import LATER_SETTINGS
+from custom_models.config import stored_settings
 from evaluation.protocol import Protocol
 from utils import (
     ImageSet,
@@ -158,8 +159,7 @@ def results_table(records: list[dict], floor: dict | None = None) -> list[dict]:
         groups[record["model"], record["preset"], record["dataset"]["name"]].append(record)
     rows = [_row(*key, group) for key, group in groups.items()]
     for row in rows:
-        if near := _nearer_than_real(row, floor or {}):
-            row["copies_verdict"] += f"; nearer than real cells by {near}"
+        row["nearer_than_real"] = _nearer_than_real(row, floor or {})
     by = "frechet_mean" if any(row["frechet_mean"] is not None for row in rows) else "kid_mean"
     rows.sort(key=lambda row: (row[by] is None, row[by] or 0, row["model"], row["preset"]))
     return ([_floor_row(floor)] if floor else []) + rows
@@ -521,7 +521,8 @@ def _check_trainings(name: str, group: list[dict]) -> None:
             f"{name}: seeds {sorted(seeds)} hold one twice; "
             "every run in a mean must be a training of its own"
         )
-    configs = [LATER_SETTINGS | record["config"] for record in group]
+    preset = make_config(group[0]["model"], group[0]["preset"])
+    configs = [stored_settings(record["config"], preset) for record in group]
     if any(config != configs[0] for config in configs):
         raise InputError(
             f"{name}: its runs have different configurations; remove those of the older one"
@@ -559,7 +560,8 @@ def _row(model: str, preset: str, dataset: str, group: list[dict]) -> dict:
 def _stored_as(config: dict) -> str:
     """How a model's images are stored before they are measured."""
     quality = config.get("jpeg_quality")
-    return f"JPEG {quality}, {(LATER_SETTINGS | config)['jpeg_chroma']}" if quality else "as drawn"
+    # Runs from before that setting halved colours by means.
+    return f"JPEG {quality}, {config.get('jpeg_chroma', 'mean')}" if quality else "as drawn"
 
 
 def _trained_on(record: dict) -> str:
@@ -613,6 +615,7 @@ def _floor_row(floor: dict) -> dict:
         "seeds": None,
         **_means([floor]),
         "copies_verdict": _verdict([floor]),
+        "nearer_than_real": "",
         "stored_as": "",
         "images_seen": None,
         "seconds": None,
@@ -673,8 +676,8 @@ def _nearer_than_real(row: dict, floor: dict) -> str:
     names = []
     authentic, control = row["authpct_mean"], real.get("authpct")
     if None not in (authentic, control):
-        shares = [value / 100 for value in (authentic, control)]
-        error = 100 * math.sqrt(sum(p * (1 - p) for p in shares) / row["n_fake"])
+        sizes = {authentic: row["n_fake"], control: real["n_images"]}
+        error = math.sqrt(sum(p * (100 - p) / n for p, n in sizes.items()))
         names += ["AuthPct"] * (authentic < control - SURE * error)
     if None not in (row["ct_mean"], real.get("ct")):
         names += ["C_T"] * (row["ct_mean"] < min(-SURE, real["ct"]))
@@ -762,7 +765,10 @@ def _one_table(
             cells[0] = row["note"]
         about = {"Images seen": number(row["images_seen"], ",.0f"), "Stored as": row["stored_as"]}
         cells = [*(about[title] or "–" for title in training), *cells]
-        text = " | ".join(cells + [row["copies_verdict"] or "–"] * verdict)
+        words = row["copies_verdict"] or "–"
+        if row["nearer_than_real"]:
+            words += f"; nearer than real cells by {row['nearer_than_real']}"
+        text = " | ".join(cells + [words] * verdict)
         lines.append(f"| {row['model']} | {row['preset'] or '–'} | {seeds} | {text} |")
     return "\n".join(lines)
 

@@ -582,7 +582,7 @@ def test_another_image_among_pbc_s_is_bad_input(pbc_folder, bad_input):
 def test_an_empty_class_of_pbc_is_named(pbc_folder, bad_input):
     for path in (pbc_folder / PBC_FOLDER / "ig").iterdir():
         path.unlink()
-    with bad_input("class sub-folder ig is empty"):
+    with bad_input("class sub-folder ig has no images"):
         load_dataset("pbc", pbc_folder, 9, "train")
 
 

@@ -66,7 +66,7 @@ def test_an_image_of_one_colour_keeps_it(chroma):
 
 @chroma
 def test_colours_come_out_alike_whichever_way_they_were_halved(chroma):
-    """A wave of the lowest frequency, 16 pixels long, which half the resolution carries."""
+    """Half a wave in 16 pixels, which half the resolution carries."""
     wave = torch.cos((2 * torch.arange(32) + 1) * torch.pi / 32)
     ycbcr = torch.stack([torch.zeros(32, 32), 60 * wave.expand(32, 32), torch.zeros(32, 32)])
     jpeg = JPEG(100, chroma)

@@ -327,6 +327,7 @@ def test_sizes_in_parameters(name):
         ("ddpm", {"sampling_steps": 501}, ("sampling_steps", "timesteps")),
         ("ddpm", {"sampling_steps": 0}, ("sampling_steps", "timesteps")),
         ("ddpm", {"timesteps": 1}, ("timesteps", "at least 2")),
+        ("ddpm", {"decay_images": -1}, ("decay_images", "at least 0")),
         ("ddpm", {"beta_start": 0.03}, ("beta_start", "beta_end")),
         ("cwgan_gp", {"critic_steps": 0}, ("critic_steps", "at least 1")),
         ("cwgan_gp", {"gradient_penalty": -1}, ("gradient_penalty", "at least 0")),
@@ -807,6 +808,32 @@ def test_ddpm_loss_is_the_mean_square_of_the_noise_not_predicted():
     assert abs(noise_drawn.mean()) < 0.02 and abs(noise_drawn.std() - 1) < 0.02
     assert logged["loss"].item() == pytest.approx(noise_drawn.pow(2).mean().item(), rel=1e-3)
     assert timesteps.min() == 0 and timesteps.max() == 19  # every one of 20 can be drawn
+
+
+def test_ddpm_s_learning_rate_falls_by_a_cosine_and_goes_on_where_it_was():
+    def train(model, adam, steps: int) -> list[float]:
+        rates = []
+        for _ in range(steps):
+            images = torch.zeros(16, 1, 8, 8)
+            model.training_step(images, torch.zeros(16, dtype=torch.int64), {"adam": adam})
+            rates.append(adam.param_groups[0]["lr"])
+        return rates
+
+    grey = {"image_channels": 1, "image_size": 8, "channels": (8,), "lr": 1.0}
+    model = tiny("ddpm", **grey, decay_images=64)
+    adam = model.optimizers()["adam"]
+    half = math.sqrt(0.5)
+    share = [(1 + half) / 2, 0.5, (1 - half) / 2, 0, 0]
+    expected = [0.02 + 0.98 * part for part in share]
+    assert train(model, adam, 2) == pytest.approx(expected[:2])
+    resumed = model.optimizers()["adam"]
+    resumed.load_state_dict(adam.state_dict())
+    assert train(model, resumed, 3) == pytest.approx(expected[2:])
+
+    constant = tiny("ddpm", **grey)
+    adam = constant.optimizers()["adam"]
+    del adam.param_groups[0]["images_seen"]  # as in a checkpoint from before it was counted
+    assert train(constant, adam, 3) == [1.0, 1.0, 1.0]
 
 
 def test_ddpm_draws_every_timestep_about_equally_often():

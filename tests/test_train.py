@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -333,7 +334,10 @@ def test_git_ignores_the_runs_on_one_s_own_images(name):
     public = default_folder("pbc", None, 64, "cvae", "best", 0)
     for path, expected in ((own, 0), (public, 1)):
         command = ["git", "check-ignore", "-q", str(path / "samples.png")]
-        assert subprocess.run(command, cwd=RESULTS.parent, check=False).returncode == expected
+        code = subprocess.run(command, cwd=RESULTS.parent, check=False).returncode
+        if code not in (0, 1):
+            pytest.skip("this is no git checkout")
+        assert code == expected
 
 
 @pytest.mark.parametrize(("native", "usual"), [(True, "bfloat16"), (False, "float32")])
@@ -605,7 +609,8 @@ def test_rare_classes_are_filled_up(trained, tiny_arrays, tmp_path, monkeypatch,
     for name, n in missing.items():
         own = sorted(file for file in files if file.startswith(f"{name}/"))
         assert own == [f"{name}/synthetic_{name}_{i:04d}.png" for i in range(n)]
-    assert files.pop("grid.png")
+    grid = Image.open(io.BytesIO(files.pop("grid.png")))
+    assert 7 * 56 <= grid.height < 8 * 56 <= grid.width  # seven classes' rows of eight, enlarged
     assert len(files) == sum(missing.values()) and not (out / "basophil").exists()
     drawn = ("--class", "platelet", "--n", "19")
     assert draw(monkeypatch, weights, tmp_path / "drawn", *drawn) == 0
