@@ -73,7 +73,7 @@ BEST = (
     Ablation("no EMA", "cvae", "best", {"ema_decay": 0.0}, "the last weights, not their mean"),
     Ablation("best", "dcgan", "best"),
     Ablation("no JPEG", "dcgan", "best", {"jpeg_quality": 0}, "images as they are drawn"),
-    Ablation("mean chroma", "dcgan", "best", {"jpeg_chroma": "mean"}, "JPEG as Pillow's"),
+    Ablation("dct chroma", "dcgan", "best", {"jpeg_chroma": "dct"}, "JPEG as the data's"),
     Ablation("no turns", "dcgan", "best", {"flips_and_turns": False}, "cells as they lie"),
     Ablation("gamma 1", "dcgan", "best", {"gamma_end": 1.0}, "penalties stay as at first"),
     Ablation("every step", "dcgan", "best", {"penalty_interval": 1}, "penalties at every step"),

@@ -24,21 +24,21 @@ class Config(ModelConfig):
     generator_channels: tuple = (96, 64, 32)  # widths at a quarter of the side, a half, the whole
     discriminator_channels: tuple = (32, 64, 96)  # widths at the whole side, a half, a quarter
     gamma: float = 1.0  # weight of both penalties at first
-    gamma_end: float = 0.2  # their weight after anneal_images; between them it falls geometrically
-    anneal_images: int = 160_000  # images over which that weight falls
+    gamma_end: float = 0.1  # their weight after anneal_images; between them it falls geometrically
+    anneal_images: int = 240_000  # images over which that weight falls
     penalty_interval: int = 2  # steps between penalties, which then weigh as much more
     lr: float = 4e-4  # step size of Adam, for both networks
     beta1: float = 0.0  # of Adam: share of the past in the mean gradient
     beta2: float = 0.99  # of Adam: share of the past in the mean squared gradient
     jpeg_quality: int = 75  # of the data set's files, 1 to 100; 0: it was not stored as JPEG
-    jpeg_chroma: str = "dct"  # how its files halve colours: mean or dct, as in `layers.JPEG`
+    jpeg_chroma: str = "mean"  # how its files halve colours: mean or dct, as in `layers.JPEG`
     JPEG_ELSEWHERE: ClassVar[int] = 0  # jpeg_quality for data that was not stored as JPEG
     LATER: ClassVar[dict] = {"jpeg_chroma": "mean"}
     batch_size: int = 64
     epochs: int = 18
     ema_decay: float = 0.999
     flips_and_turns: bool = True
-    validation_epochs: int = 6
+    validation_epochs: int = 3
 
     def __post_init__(self):
         super().__post_init__()
