@@ -190,6 +190,7 @@ def test_the_readmes_words_have_the_numbers_of_the_records():
     runs = [r for r in RECORDS[RESULTS] if (r["model"], r["preset"]) == ("ddpm", "small")]
     assert len(runs) == 3 and 0.5e6 < runs[0]["parameters"] < 0.6e6
     assert f"trained on {runs[0]['images_seen']:,} images instead of six million" in words
+    assert tables.reduced_shortfall(runs).startswith("not below half the mean image's distance")
     runs = [r for r in RECORDS[RESULTS] if (r["model"], r["preset"]) == ("ddpm", "best_small")]
     (row,) = tables.results_table(runs)
     real = tables.floor_of(runs)
