@@ -676,8 +676,8 @@ def _nearer_than_real(row: dict, floor: dict) -> str:
     names = []
     authentic, control = row["authpct_mean"], real.get("authpct")
     if None not in (authentic, control):
-        sizes = {authentic: row["n_fake"], control: real["n_images"]}
-        error = math.sqrt(sum(p * (100 - p) / n for p, n in sizes.items()))
+        shares = (authentic, row["n_fake"]), (control, real["n_images"])
+        error = math.sqrt(sum(p * (100 - p) / n for p, n in shares))
         names += ["AuthPct"] * (authentic < control - SURE * error)
     if None not in (row["ct_mean"], real.get("ct")):
         names += ["C_T"] * (row["ct_mean"] < min(-SURE, real["ct"]))
