@@ -505,10 +505,14 @@ def _run_title(record: dict, names: dict[str, str]) -> str:
     return f"{names[record['model']]} {record['preset']}{budget}"
 
 
-def validation_curves(records: list[dict], names: dict[str, str]) -> Figure:
+def validation_curves(
+    records: list[dict], names: dict[str, str], published: Sequence[dict] = ()
+) -> Figure:
     """KID on the validation split as training goes on: a line a training, a dot where it was kept.
 
-    records: of trainings that were validated. names: titles of the models.
+    records: of trainings that were validated. names: titles of the models. published: records of
+    trainings that were not, each a ring in its model's panels: the KID of its end, which is
+    against the train split. KID is unbiased, so that the two may be compared.
     """
     runs = sorted({(r["model"], r["preset"]) for r in records}, key=str)
     with matplotlib.rc_context(STYLE):
@@ -526,6 +530,12 @@ def validation_curves(records: list[dict], names: dict[str, str]) -> Figure:
                 (line,) = axis.plot(seen, values, label=f"seed {record['seed']}")
                 best = min(range(len(rows)), key=values.__getitem__)
                 axis.plot(seen[best], values[best], "o", color=line.get_color())
+            ends = [r for r in published if r["model"] == model]
+            if ends:
+                seen = [r["images_seen"] for r in ends]
+                values = [r["metrics"]["kid"] for r in ends]
+                style = {"color": "grey", "fillstyle": "none"}
+                axis.plot(seen, values, "o", label=f"{ends[0]['preset']}, ends", **style)
             axis.set_title(_run_title(group[0], names))
             axis.set_xlabel("images seen")
             axis.xaxis.set_major_locator(MaxNLocator(4))

@@ -25,7 +25,7 @@ COMPARISONS = {
     "held-out real images get.",
     "cost.png": "Fréchet distance against images seen in training, and against seconds.",
     "stability.png": "Kernel distance on the validation split as training goes on; the dot is the "
-    "step that was kept.",
+    "step that was kept, a ring the end of a published training (KID to the train split).",
 }
 TABLES = {
     "results.md": "The table of results",

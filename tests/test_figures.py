@@ -8,7 +8,9 @@ from utils import ImageSet
 NAMES = {"cvae": "CVAE", "dcgan": "DCGAN"}
 
 
-def record(model: str, preset: str, device: str, seconds: float, value: float, kids=()) -> dict:
+def record(
+    model: str, preset: str, device: str, seconds: float, value: float, kids=(), kid=1.0
+) -> dict:
     return {
         "model": model,
         "preset": preset,
@@ -22,6 +24,7 @@ def record(model: str, preset: str, device: str, seconds: float, value: float, k
         "history": [{"epoch": i + 1, "validation_kid": kid} for i, kid in enumerate(kids)],
         "metrics": {
             "frechet_distance": value,
+            "kid": kid,
             "distance_name": "FD (demo)",
             "floor": {"frechet_distance": 1.0},
         },
@@ -61,6 +64,19 @@ def test_the_dot_of_a_validation_curve_is_its_lowest_point():
     assert list(line.get_ydata()) == [9.0, 2.0, 4.0]
     assert (dot.get_xdata()[0], dot.get_ydata()[0]) == (8000, 2.0)
     assert cvae.get_title() == "CVAE best"
+
+
+def test_published_trainings_are_rings_in_the_panels_of_their_model():
+    records = [
+        record("dcgan", "best", "GPU", 12, 7.0, kids=(9.0, 2.0, 4.0)),
+        record("cvae", "best", "GPU", 6, 7.0, kids=(3.0, 1.0)),
+    ]
+    published = [record("dcgan", "baseline", "GPU", 40, 7.0, kid=kid) for kid in (80.0, 90.0)]
+    cvae, dcgan = figures.validation_curves(records, NAMES, published).axes
+    rings = dots(dcgan)["baseline, ends"]
+    assert rings.get_fillstyle() == "none"
+    assert rings.get_xydata().tolist() == [[40_000, 80.0], [40_000, 90.0]]
+    assert "baseline, ends" not in dots(cvae)
 
 
 def test_sampling_quality_draws_a_line_a_sampler_and_one_for_guidance():
