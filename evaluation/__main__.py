@@ -167,7 +167,7 @@ def floor_at(floors: tuple[dict, ...], n: int) -> dict:
 
 def _floor(reference: Reference, held_out: torch.Tensor, n: int, extractor: Extractor) -> dict:
     """The metrics of as many held-out real cells, or of all where there are fewer."""
-    features = extract(held_out, extractor, "features of real cells (held out)")
+    features = extract(held_out, extractor, "features of real images (held out)")
     rows = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:n]
     real, cells = (part.to(extractor.device) for part in (reference.features, features[rows]))
     return {"n": len(rows)} | protocol.measure(real, cells)[0]

@@ -512,7 +512,7 @@ def validation_curves(
 
     records: of trainings that were validated. names: titles of the models. published: records of
     trainings that were not, each a ring in its model's panels: the KID of its end, which is
-    against the train split. KID is unbiased, so that the two may be compared.
+    to the train split. Without copies both splits are as far away, since KID has no bias.
     """
     runs = sorted({(r["model"], r["preset"]) for r in records}, key=str)
     with matplotlib.rc_context(STYLE):
@@ -535,7 +535,7 @@ def validation_curves(
                 seen = [r["images_seen"] for r in ends]
                 values = [r["metrics"]["kid"] for r in ends]
                 style = {"color": "grey", "fillstyle": "none"}
-                axis.plot(seen, values, "o", label=f"{ends[0]['preset']}, ends", **style)
+                axis.plot(seen, values, "o", label=f"{ends[0]['preset']}, to train", **style)
             axis.set_title(_run_title(group[0], names))
             axis.set_xlabel("images seen")
             axis.xaxis.set_major_locator(MaxNLocator(4))
@@ -545,7 +545,7 @@ def validation_curves(
             axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axis.yaxis.set_minor_locator(NullLocator())
             axis.legend(fontsize=7)
-        axes[0].set_ylabel("validation KID")
+        axes[0].set_ylabel("KID to the validation split")
     return figure
 
 

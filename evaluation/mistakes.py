@@ -19,11 +19,14 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional as F
+from torchvision.transforms.v2.functional import gaussian_blur
 
 from custom_models.layers import JPEG
+from evaluation.copies import FIFTH, authpct, compare_neighbours, ct
 from evaluation.features import Extractor, extract, load_extractor
 from evaluation.frechet import frechet_distance, gaussian_statistics
 from evaluation.kid import kernel_distance
+from evaluation.neighbours import k_nearest
 from evaluation.reference import Reference, make_reference
 from utils import (
     ImageSet,
@@ -54,6 +57,7 @@ DRAWS = 5
 SIZES = (16, 50, 160, 500, 1000, 1600, 2500, 4000, 6500, 10_000)
 N_EQUAL = 1700
 QUALITIES = (95, 75, 50)
+BLURS = (0.4, 0.6, 0.8)  # standard deviations in pixels
 # How BloodMNIST made its cells: 200 pixels of a PBC image, resized, stored as JPEG, whose colours
 # were halved within the cosine transform.
 ORIGINAL, QUALITY, CHROMA = 200, 75, "dct"
@@ -474,12 +478,42 @@ def stored_alike(setup: Setup, images: torch.Tensor) -> dict:
     )
 
 
+def softened(images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """uint8 [N, 3, S, S] as they are, and blurred ever more, then stored as the data set's own."""
+    variants = {"as they are": images}
+    for sigma in BLURS:
+        soft = gaussian_blur(to_model_range(images), kernel_size=7, sigma=sigma)
+        variants[f"blurred by {sigma:g} pixels"] = as_the_data(to_uint8(soft))
+    return variants
+
+
+def softness(setup: Setup) -> dict:
+    """What blur alone makes of scores that look for copies: none of these cells is one."""
+    variants, train = softened(setup.cells), setup.reference.features
+    result = _against_train(
+        setup,
+        "Held-out real cells, blurred and stored as the data set's own, against the train cells; "
+        "C_T, and the share nearer to a train cell, take the other held-out cells as their control",
+        variants,
+    )
+    others = torch.ones(len(setup.held_out), dtype=torch.bool)
+    others[setup.rows] = False
+    controls = setup.held_out_features[others]
+    for row, (name, images) in zip(result["rows"], variants.items(), strict=True):
+        features = setup.features(images, name)
+        nearest = (k_nearest(features, cells, FIFTH) for cells in (train, controls))
+        found = compare_neighbours(*nearest, len(train), len(controls))
+        row |= {"authpct": authpct(features, train), "ct": ct(features, train, controls)}
+        row |= {name: found[name] for name in ("train_share", "train_share_interval")}
+    return result | {"n_control": len(controls)}
+
+
 # ---------------------------------------------------------------------------------------------
 # Records
 # ---------------------------------------------------------------------------------------------
 
 # Those that need no generator. The one that needs files beside the data set comes last.
-EXPERIMENTS = (sample_size, value_range, jpeg, augmented_reference, resize)
+EXPERIMENTS = (sample_size, value_range, jpeg, augmented_reference, softness, resize)
 
 
 def measure(experiment, setup: Setup, out: str | Path = OUT, *images: torch.Tensor) -> dict:

@@ -103,7 +103,7 @@ TRUST = (
 )
 COLUMNS = QUALITY + TRUST
 ABLATION = tuple(c for c in QUALITY if c.name in ("frechet", "kid", "precision", "recall"))
-REAL = "real cells (held out)"
+REAL = "real images (held out)"
 PER_CLASS = ("kid", "precision", "recall", "agreement")
 
 
@@ -133,6 +133,20 @@ def floor_of(records: list[dict]) -> dict:
     return max((record["metrics"]["floor"] for record in records), key=len)
 
 
+def with_both_halves(floor: dict) -> dict:
+    """The floor with AuthPct of all held-out cells, where it knows that of both halves.
+
+    The search for copies takes one half of them as generated and one as held out; AuthPct compares
+    with the train split alone, so that it may take both.
+    """
+    copies = floor.get("copies", {})
+    if "authpct_held_out" not in copies:
+        return floor
+    halves = [("authpct", copies["n_images"]), ("authpct_held_out", copies["n_held_out"])]
+    mean = sum(copies[name] * n for name, n in halves) / sum(n for _, n in halves)
+    return floor | {"copies": copies | {"authpct": mean}}
+
+
 def results_table(records: list[dict], floor: dict | None = None) -> list[dict]:
     """One row for each model and preset, its distances as mean ± sd (ddof = 1) over seeds.
 
@@ -148,6 +162,7 @@ def results_table(records: list[dict], floor: dict | None = None) -> list[dict]:
             f"runs of the budgets {', '.join(budgets)} cannot share a table; "
             "use split_by_budget first"
         )
+    floor = with_both_halves(floor) if floor else None
     metrics = [record["metrics"] for record in records] + ([floor] if floor else [])
     _check_same_protocol(metrics)
     _check_same_protocol([m["domain"] for m in metrics if "domain" in m])
@@ -390,10 +405,10 @@ def metrics_table(metrics: dict) -> str:
 
     metrics: as `judge.judge` returns them.
     """
-    floor, ceilings = metrics["floor"], metrics["ceilings"]
+    floor, ceilings = with_both_halves(metrics["floor"]), metrics["ceilings"]
     name, n = metrics["distance_name"], floor.get("n") or floor["protocol"]["n_fake"]
     lines = [
-        f"| | these images | held-out real cells (floor, n = {n:,}) |",
+        f"| | these images | held-out real images (floor, n = {n:,}) |",
         "|---|---:|---:|",
         f"| {name} | {_with_interval(metrics)} | {_with_interval(floor)} |",
     ]
@@ -676,7 +691,7 @@ def _nearer_than_real(row: dict, floor: dict) -> str:
     names = []
     authentic, control = row["authpct_mean"], real.get("authpct")
     if None not in (authentic, control):
-        shares = (authentic, row["n_fake"]), (control, real["n_images"])
+        shares = (authentic, row["n_fake"]), (control, real["n_images"] + real["n_held_out"])
         error = math.sqrt(sum(p * (100 - p) / n for p, n in shares))
         names += ["AuthPct"] * (authentic < control - SURE * error)
     if None not in (row["ct_mean"], real.get("ct")):
@@ -690,8 +705,8 @@ def _rules(row: dict) -> str:
         f"{row['dataset']} at {row['image_size']} pixels: {row['n_fake']:,} images, of a model "
         f"that can be asked for a class with {row['label_distribution']}, against the "
         f"{row['n_real']:,} of the {row['reference_split']} split; features of {row['extractor']} "
-        f"(sha256 {row['extractor_sha256'][:8]}); k = {row['k']}; mean ± sd over seeds; protocol "
-        f"{row['protocol']}."
+        f"(sha256 {row['extractor_sha256'][:8]}); k = {row['k']}; KID without a factor; "
+        f"mean ± sd over seeds; protocol {row['protocol']}."
     )
 
 
@@ -741,8 +756,9 @@ TRUST_WORDS = {
     "neighbour, in %; less than real cells' means copying, or blur, and by more than three "
     "standard errors is told beside the verdict.",
     "ct": "C_T: below real cells' where images lie nearer to training cells than real ones do, by "
-    "copying or by blur, which is told beside the verdict below -3; with 8 to 12 regions instead "
-    "of 10 real cells' moves by 0.1, a generator's by up to a quarter, or 0.6.",
+    "copying or by blur, which is told beside the verdict below -3. It grows with the number of "
+    "images, and real cells' is of half of them against the other half; with 8 to 12 regions "
+    "instead of 10 real cells' moves by 0.1, a generator's by up to a quarter, or 0.6.",
 }
 
 

@@ -73,10 +73,10 @@ def test_published_trainings_are_rings_in_the_panels_of_their_model():
     ]
     published = [record("dcgan", "baseline", "GPU", 40, 7.0, kid=kid) for kid in (80.0, 90.0)]
     cvae, dcgan = figures.validation_curves(records, NAMES, published).axes
-    rings = dots(dcgan)["baseline, ends"]
+    rings = dots(dcgan)["baseline, to train"]
     assert rings.get_fillstyle() == "none"
     assert rings.get_xydata().tolist() == [[40_000, 80.0], [40_000, 90.0]]
-    assert "baseline, ends" not in dots(cvae)
+    assert "baseline, to train" not in dots(cvae)
 
 
 def test_sampling_quality_draws_a_line_a_sampler_and_one_for_guidance():

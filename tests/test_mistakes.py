@@ -13,7 +13,7 @@ import torch
 from conftest import PER_CLASS, cells, write_split
 from PIL import Image
 
-from evaluation import figures, mistakes
+from evaluation import copies, figures, mistakes
 from evaluation.features import extract
 from evaluation.mistakes import (
     augmented_reference,
@@ -105,6 +105,29 @@ def test_jpeg_errors_grow_as_quality_falls(setup):
     assert 0 < errors[0] < errors[1] < errors[2]
     record = mistakes.jpeg(setup)
     assert record["rows"][0]["value"] == record["floor"]
+
+
+def test_blur_keeps_the_mean_and_takes_the_edges(setup):
+    sharp, *soft = mistakes.softened(setup.cells).values()
+    assert torch.equal(sharp, setup.cells)
+
+    def edges(images):
+        return (images[..., 1:].float() - images[..., :-1].float()).abs().mean().item()
+
+    sizes = [edges(images) for images in (sharp, *soft)]
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] < 0.8 * sizes[0]
+    for images in soft:
+        assert abs(images.float().mean() - sharp.float().mean()) < 2
+
+
+def test_softness_tells_the_scores_of_unchanged_cells_first(setup):
+    record = mistakes.softness(setup)
+    row = record["rows"][0]
+    features, train = setup.held_out_features[setup.rows], setup.reference.features
+    assert row["value"] == record["floor"]
+    assert row["authpct"] == pytest.approx(copies.authpct(features, train))
+    assert record["n_control"] == len(setup.held_out) - len(setup.rows)
+    assert all(0 <= row["train_share"] <= 1 for row in record["rows"])
 
 
 def test_jpeg_keeps_even_grey():
@@ -371,6 +394,7 @@ def test_notebook_runs_without_a_trained_generator(pbc_root, tiny_extractor, tmp
         "jpeg.png",
         "resize.png",
         "sample_size.png",
+        "softness.png",
         "value_range.png",
     ]
 

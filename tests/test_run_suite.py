@@ -89,7 +89,7 @@ def test_second_call_does_what_is_missing(second):
 def test_table_and_figures(second):
     out, done, _ = second
     table = (out / "results_quick.md").read_text()
-    assert "FD (demo)" in table and "real cells (held out)" in table
+    assert "FD (demo)" in table and "real images (held out)" in table
     assert all(f"| {model} | quick | 1 |" in table for model in MODELS)
     assert not (out / "results.md").exists()  # quick runs are no results
     for name in ("results_quick.csv", "comparison.png", "distances.png", "compare_models.ipynb"):

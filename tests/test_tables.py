@@ -93,7 +93,7 @@ def test_rows_are_groups_sorted_by_distance_below_the_floor():
     ]
     rows = results_table(records, floor=metrics(18.0, 0.0001))
     assert [(r["model"], r["preset"], r["seeds"]) for r in rows] == [
-        ("real cells (held out)", "", None),
+        ("real images (held out)", "", None),
         ("ddpm", "baseline", 1),
         ("ddpm", "best", 2),
         ("cvae", "best", 1),
@@ -314,11 +314,11 @@ def test_real_cells_stand_above_the_classes(tmp_path):
         found["per_class"] = [one | {"class": "basophil", "n_fake": n_fake}]
         found["agreement"] = agreement
     rows = per_class_table([run], floor)
-    assert [row["model"] for row in rows] == ["real cells (held out)", "ddpm"]
+    assert [row["model"] for row in rows] == ["real images (held out)", "ddpm"]
     write_per_class_table(rows, tmp_path, "t")
     text = (tmp_path / "t.md").read_text()
     numbers = "0.500 | 0.500 | 0.250 | 0.750 |"
-    assert f"| real cells (held out) | – | basophil | – | 900 | 365 | {numbers}" in text
+    assert f"| real images (held out) | – | basophil | – | 900 | 365 | {numbers}" in text
     assert "| ddpm | best | basophil | 1 | 900 | 300 | 0.500 ± – |" in text
     with pytest.raises(InputError, match=r"different protocols.*n_fake"):
         per_class_table([run], floor | {"protocol": PROTOCOL | {"n_fake": 5000}})
@@ -330,7 +330,7 @@ def test_real_cells_stand_above_the_classes(tmp_path):
     [
         (77.0, -0.5, ""),
         (70.0, -0.5, "AuthPct"),
-        (74.6, -0.5, ""),  # three standard errors are 3.1, of so few real cells
+        (76.6, -0.5, ""),  # three standard errors are 2.4
         (77.0, -4.0, "C_T"),
         (70.0, -4.0, "AuthPct and C_T"),
         (90.0, 5.0, ""),
@@ -341,9 +341,11 @@ def test_images_nearer_to_training_cells_than_real_ones_are_told(authpct, ct, wo
     one, floor = record(0), metrics(18.0)
     one["metrics"]["copies"] = verdict | {"authpct": authpct, "ct": ct}
     floor["copies"] = verdict | {"authpct": 77.4, "ct": -0.8, "n_images": 2567}
+    floor["copies"] |= {"authpct_held_out": 80.6, "n_held_out": 2566}
     one["metrics"]["protocol"]["n_fake"] = floor["protocol"]["n_fake"] = 5133
     rows = results_table([one], floor)
     assert [row["nearer_than_real"] for row in rows] == ["", words]
+    assert rows[0]["authpct_mean"] == pytest.approx((77.4 + 80.6) / 2, abs=0.001)  # all real cells
     write_table(rows, tmp_path, "t")
     told = f"no sign of copies; nearer than real cells by {words} |"
     assert (told in (tmp_path / "t.md").read_text()) == bool(words)
@@ -364,7 +366,7 @@ def test_how_images_were_stored_is_a_column_where_it_differs(tmp_path):
     write_table(rows, tmp_path, "t")
     text = (tmp_path / "t.md").read_text()
     assert "| Seeds | Images seen | Stored as | FID |" in text
-    assert "| real cells (held out) | – | – | – | – | 18.0 |" in text
+    assert "| real images (held out) | – | – | – | – | 18.0 |" in text
     assert "| ddpm | best | 1 | 1,000 | JPEG 75, mean | 60.0 ± – |" in text
     assert "| dcgan | best | 1 | 1,000 | JPEG 75, dct | 50.0 ± – |" in text
     assert "| ddpm | baseline | 1 | 1,000 | as drawn | 90.0 ± – |" in text
@@ -417,7 +419,7 @@ def test_written_files(tmp_path):
     write_table(results_table(records, metrics(18.04, 0.0001)), tmp_path / "new", "table")
     with open(tmp_path / "new" / "table.csv", newline="", encoding="utf-8") as file:
         floor, first, second = csv.DictReader(file)
-    assert floor["model"] == "real cells (held out)" and floor["seeds"] == ""
+    assert floor["model"] == "real images (held out)" and floor["seeds"] == ""
     assert float(first["frechet_mean"]) == pytest.approx(0.5, rel=1e-15)
     assert float(first["frechet_sd"]) == pytest.approx(math.sqrt(1 / 18), rel=1e-12)
     assert second["frechet_sd"] == ""
@@ -429,7 +431,7 @@ def test_written_files(tmp_path):
     four_of_two = "0.750 ± 0.000 | 0.500 ± 0.000 | 1.250 ± 0.000 | 0.625 ± 0.000"
     four_of_one = "0.750 ± – | 0.500 ± – | 1.250 ± – | 0.625 ± –"
     assert lines[2:5] == [
-        f"| real cells (held out) | – | – | – | 18.0 | 13.0 | 0.0001 | {four} |",
+        f"| real images (held out) | – | – | – | 18.0 | 13.0 | 0.0001 | {four} |",
         f"| ddpm | best | 2 | 1,000 | 0.5 ± 0.2 | -4.5 ± 0.2 | 0.0005 ± 0.00024 | {four_of_two} |",
         f"| cvae | best | 1 | 1,000 | 170.0 ± – | 165.0 ± – | 0.17 ± – | {four_of_one} |",
     ]
