@@ -26,11 +26,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from torch.optim.swa_utils import AveragedModel
 
 from custom_models import MODELS, make_config
 from custom_models.config import stored_settings
 from custom_models.drawing import as_kept, derive_seed, draw, labelled_grid
+from custom_models.running_mean import RunningMean
 from evaluation import features, figures, judge, kid, per_class, protocol
 from evaluation.copies import Suspects
 from evaluation.neighbours import k_nearest
@@ -143,7 +143,6 @@ class GenerativePipeline:
         if self.device.type == "cpu":
             keep_freed_memory()
         else:
-            torch.backends.cudnn.allow_tf32 = False  # a penalty's float32 is no TF32
             torch.cuda.reset_peak_memory_stats(self.device)
         self._set_up_model(compile)
 
@@ -166,7 +165,8 @@ class GenerativePipeline:
         self.model = self.config.build()
         self.model.to(self.device, memory_format=torch.channels_last)
         self.optimizers = self.model.optimizers()
-        self.ema = self._make_ema() if self.config.ema_decay else None
+        decay = self.config.ema_decay
+        self.ema = RunningMean(self.model, decay) if decay else None
         self.step, self.seconds, self.history, self.best = 0, 0.0, [], None
         self.training = None  # how it was trained; known once it is over
         self.kept = None  # the kept weights, where they come from their file
@@ -174,18 +174,6 @@ class GenerativePipeline:
             for name, network in self.model.named_children():
                 if name not in getattr(self.model, "penalised", ()):  # twice derived: not compiled
                     network.compile()  # in place: the keys of the state stay plain
-
-    def _make_ema(self) -> AveragedModel:
-        # All tensors at once: hundreds of small operations a step are what a GPU would wait for.
-        def average(means, currents, _):
-            n = self.ema.n_averaged  # on the CPU, so that reading it does not wait for the GPU
-            # Short at first, so that the initial weights are soon forgotten.
-            decay = torch.clamp((1 + n) / (10 + n), max=self.config.ema_decay)
-            if means[0].is_floating_point():
-                currents = torch._foreach_lerp(currents, means, decay.item())
-            torch._foreach_copy_(means, currents)
-
-        return AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
 
     # -----------------------------------------------------------------------------------------
     # Training
@@ -255,7 +243,7 @@ class GenerativePipeline:
                     images, self.train_set.labels[rows], self.optimizers
                 )
             if self.ema:
-                self.ema.update_parameters(self.model)
+                self.ema.update()
             for name, value in logged.items():
                 sums[name] = sums.get(name, 0) + value.detach().float()
             self.step += 1
@@ -352,7 +340,7 @@ class GenerativePipeline:
             "history": self.history,
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema else None,
-            "ema_updates": self.ema.n_averaged if self.ema else None,
+            "ema_updates": self.ema.updates if self.ema else None,
             "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
             "best": self.best,
             "training": self.training,
@@ -375,7 +363,7 @@ class GenerativePipeline:
             optimizer.load_state_dict(state["optimizers"][name])
         if self.ema:
             self.ema.module.load_state_dict(state["ema"])
-            self.ema.n_averaged.copy_(state["ema_updates"])
+            self.ema.updates = int(state["ema_updates"])  # a tensor in older checkpoints
         self.step, self.seconds = state["step"], state["seconds"]
         self.history, self.best = state["history"], state["best"]
         self.training = state["training"]
@@ -511,7 +499,8 @@ class GenerativePipeline:
         return self._sample_from(model, labels, seed)
 
     def _sample_from(self, model, labels: torch.Tensor, seed: int) -> torch.Tensor:
-        with self._autocast(cache=True):
+        # Only diffusion takes many passes an image; of others bfloat16 would round the pixels.
+        with self._autocast(cache=True) if self.name == "ddpm" else contextlib.nullcontext():
             return draw(model, labels, seed)
 
     # -----------------------------------------------------------------------------------------

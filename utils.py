@@ -112,7 +112,11 @@ def seed_everything(seed: int) -> None:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """`auto` takes CUDA where there is one; `cuda` without a GPU is an `InputError`."""
+    """`auto` takes CUDA where there is one; `cuda` without a GPU is an `InputError`.
+
+    On a GPU convolutions are float32 where they are not bfloat16, never TF32, of which a gradient
+    penalty's second derivative can't bear the rounding.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -124,6 +128,8 @@ def pick_device(name: str = "auto") -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         seen = torch.cuda.device_count() or "no"
         raise InputError(f"--device {name} was asked for, but torch sees {seen} CUDA GPU; use cpu")
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
     return device
 
 

@@ -30,6 +30,15 @@ SAME_FEATURES = {
 # Measured: eight images are the fastest on a CPU, whose cache they still fit.
 CPU_BATCH, CUDA_BATCH = 8, 256
 
+if not hasattr(torch.ops.aten, "_upsample_lanczos2d_aa"):
+    # TorchScript looks for every operation of a file, those of branches that are never taken, too;
+    # the shipped files name this one, which PyTorch has from 2.12 on.
+    _LANCZOS = torch.library.Library("aten", "FRAGMENT")
+    _LANCZOS.define(
+        "_upsample_lanczos2d_aa.vec(Tensor input, SymInt[]? output_size, bool align_corners, "
+        "float[]? scale_factors) -> Tensor"
+    )
+
 
 @dataclass(frozen=True)
 class Extractor:
@@ -192,7 +201,9 @@ def _load_torchscript(path: Path, device: torch.device) -> torch.nn.Module:
             return torch.jit.load(path, map_location=device)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{path} is no whole TorchScript file ({reason}); get it anew") from None
+        raise InputError(
+            f"torch {torch.__version__} can't read {path} as TorchScript ({reason}); get it anew"
+        ) from None
 
 
 def _inception_file() -> Path:

@@ -15,9 +15,11 @@ from torch.overrides import TorchFunctionMode
 
 from custom_models import MODELS, layers, make_config
 from custom_models.drawing import batch_size
+from custom_models.running_mean import RunningMean
 from evaluation import copies, protocol
 from utils import random_flips_and_turns, to_model_range, to_uint8
 
+BF16 = torch.bfloat16
 PRESETS = [(name, preset) for name, module in MODELS.items() for preset in module.PRESETS]
 
 
@@ -37,6 +39,9 @@ def fake(monkeypatch):
         optimizer.step()
 
     monkeypatch.setattr(torch.autograd, "grad", grad)
+    # So that autocast rounds as on a GPU.
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     for module in {type(p).__module__ for m in MODELS.values() for p in m.PRESETS.values()}:
         monkeypatch.setattr(f"{module}.update", update, raising=False)
     with FakeTensorMode():
@@ -57,8 +62,28 @@ def test_a_training_step_stays_on_the_gpu_and_never_waits_for_it(name, preset, f
     labels = torch.zeros(n, dtype=torch.int64, device="cuda")
     for _ in range(2):  # penalties may come every second step
         reals = random_flips_and_turns(to_model_range(images))
-        logged = model.training_step(reals, labels, optimizers)
+        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+            assert (torch.ones(2, 2, device="cuda") @ torch.ones(2, 2, device="cuda")).dtype == BF16
+            logged = model.training_step(reals, labels, optimizers)
         assert {value.device.type for value in logged.values()} == {"cuda"}
+
+
+def test_the_running_mean_stays_on_the_gpu_and_never_waits_for_it(fake, monkeypatch):
+    config = make_config("dcgan", "baseline")  # with counters among its buffers
+    model, other = on_gpu(config), on_gpu(config)
+    with monkeypatch.context() as patched:
+        patched.setattr("copy.deepcopy", lambda _: other)  # fake tensors can't be copied
+        mean = RunningMean(model, 0.999)
+
+    class NoCopies(TorchFunctionMode):
+        def __torch_function__(self, function, types, arguments=(), keywords=None):
+            assert function not in (torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.item)
+            return function(*arguments, **(keywords or {}))
+
+    with NoCopies():
+        for _ in range(3):
+            mean.update()
+    assert {t.device.type for t in mean.module.state_dict().values()} == {"cuda"}
 
 
 @pytest.mark.parametrize(("name", "preset"), [p for p in PRESETS if p[0] not in ("ddpm", "cvae")])

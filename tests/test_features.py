@@ -208,7 +208,7 @@ def test_files_that_are_no_torchscript(tmp_path, small):
         ("state.pt", state.read_bytes()),
     ]:
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(InputError, match=rf"{name} is no whole TorchScript file"):
+        with pytest.raises(InputError, match=rf"can't read .*{name} as TorchScript"):
             load_extractor(tmp_path / name)
 
 

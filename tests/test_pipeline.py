@@ -568,7 +568,7 @@ def test_the_weights_mean_forgets_its_beginning_then_decays_as_set(make):
     for n, value in enumerate(values):
         with torch.no_grad():
             parameter.fill_(value)
-        pipeline.ema.update_parameters(pipeline.model)
+        pipeline.ema.update()
         decay = min((1 + n) / (10 + n), 0.3)
         mean = value if mean is None else decay * mean + (1 - decay) * value
     averaged = pipeline._averaged_model().encoder.mean.bias
