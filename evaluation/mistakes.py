@@ -94,6 +94,13 @@ class Setup:
         """float32 [N, D] of all held-out cells."""
         return extract(self.held_out.images, self.extractor, "features of held-out cells")
 
+    @property
+    def other_features(self) -> torch.Tensor:
+        """float32 [N - n, D] of the held-out cells that are not changed."""
+        others = torch.ones(len(self.held_out), dtype=torch.bool)
+        others[self.rows] = False
+        return self.held_out_features[others]
+
     @functools.cached_property
     def floor(self) -> dict[str, float]:
         """value: what the unchanged cells get; sd: over other draws of as many held-out cells."""
@@ -496,16 +503,55 @@ def softness(setup: Setup) -> dict:
         "C_T, and the share nearer to a train cell, take the other held-out cells as their control",
         variants,
     )
-    others = torch.ones(len(setup.held_out), dtype=torch.bool)
-    others[setup.rows] = False
-    controls = setup.held_out_features[others]
+    controls = setup.other_features
     for row, (name, images) in zip(result["rows"], variants.items(), strict=True):
-        features = setup.features(images, name)
-        nearest = (k_nearest(features, cells, FIFTH) for cells in (train, controls))
-        found = compare_neighbours(*nearest, len(train), len(controls))
-        row |= {"authpct": authpct(features, train), "ct": ct(features, train, controls)}
-        row |= {name: found[name] for name in ("train_share", "train_share_interval")}
+        row |= closeness(setup.features(images, name), train, controls)
     return result | {"n_control": len(controls)}
+
+
+def closeness(features: torch.Tensor, train: torch.Tensor, controls: torch.Tensor) -> dict:
+    """What three scores say of how near features lie to the train cells' and to control cells'."""
+    nearest = (k_nearest(features, cells, FIFTH) for cells in (train, controls))
+    found = compare_neighbours(*nearest, len(train), len(controls))
+    shares = {name: found[name] for name in ("train_share", "train_share_interval")}
+    return {"authpct": authpct(features, train), "ct": ct(features, train, controls)} | shares
+
+
+def typicality(setup: Setup) -> dict:
+    """What the same scores make of real cells of the usual kinds: none of these is a copy either.
+
+    Typical are the held-out cells whose fifth nearest among others like them is near; neither the
+    train cells nor the control, the setup's own cells, have a part in the choice.
+    """
+    train, cells, controls = (
+        setup.reference.features,
+        setup.other_features,
+        setup.held_out_features[setup.rows],
+    )
+    half = len(cells) // 2
+    generator = torch.Generator().manual_seed(setup.seed)
+    draws = [_draw(cells, half, generator) for _ in range(DRAWS)]
+    order = k_nearest(cells, cells, FIFTH + 1)[0][:, FIFTH].argsort()  # the first is the cell
+    halves = {
+        "a random half": draws[0],
+        "the most typical half": cells[order[:half]],
+        "the least typical half": cells[order[-half:]],
+    }
+    rows = [
+        {"name": name, "value": setup.distance(part)} | closeness(part, train, controls)
+        for name, part in halves.items()
+    ]
+    return {
+        "what": "Halves of the held-out cells, by how near their fifth nearest lies, against the "
+        "train cells; C_T, and the share nearer to a train cell, take further held-out cells as "
+        "their control",
+        "n_real": len(train),
+        "n_fake": half,
+        "n_control": len(controls),
+        "floor": rows[0]["value"],
+        "floor_sd": statistics.stdev(setup.distance(draw) for draw in draws),
+        "rows": rows,
+    }
 
 
 # ---------------------------------------------------------------------------------------------
@@ -513,7 +559,15 @@ def softness(setup: Setup) -> dict:
 # ---------------------------------------------------------------------------------------------
 
 # Those that need no generator. The one that needs files beside the data set comes last.
-EXPERIMENTS = (sample_size, value_range, jpeg, augmented_reference, softness, resize)
+EXPERIMENTS = (
+    sample_size,
+    value_range,
+    jpeg,
+    augmented_reference,
+    softness,
+    typicality,
+    resize,
+)
 
 
 def measure(experiment, setup: Setup, out: str | Path = OUT, *images: torch.Tensor) -> dict:

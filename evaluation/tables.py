@@ -753,12 +753,14 @@ TRUST_WORDS = {
     "copied_share": "Copies: share of images much closer to one training cell than to the fifth "
     "nearest, in pixels, beyond what held-out cells lead to expect.",
     "authpct": "AuthPct: share of images not closer to a training cell than its nearest "
-    "neighbour, in %; less than real cells' means copying, or blur, and by more than three "
+    "neighbour, in %; less than real cells' means copying, or the usual kinds of cells alone, "
+    "and by more than three "
     "standard errors is told beside the verdict.",
     "ct": "C_T: below real cells' where images lie nearer to training cells than real ones do, by "
-    "copying or by blur, which is told beside the verdict below -3. It grows with the number of "
-    "images, and real cells' is of half of them against the other half; with 8 to 12 regions "
-    "instead of 10 real cells' moves by 0.1, a generator's by up to a quarter, or 0.6.",
+    "copying or by drawing the usual kinds alone, which is told beside the verdict below -3. It "
+    "grows with the number of images, and real cells' is of half of them against the other half; "
+    "with 8 to 12 regions instead of 10 real cells' moves by 0.1, a generator's by up to a "
+    "quarter, or 0.6.",
 }
 
 

@@ -130,6 +130,30 @@ def test_softness_tells_the_scores_of_unchanged_cells_first(setup):
     assert all(0 <= row["train_share"] <= 1 for row in record["rows"])
 
 
+def test_cells_of_the_usual_kind_pass_for_copies_by_two_scores_and_not_by_the_third():
+    """Normal draws, half of them from the middle of the others' distribution."""
+    generator = torch.Generator().manual_seed(0)
+    train, control, usual, odd = (
+        scale * torch.randn(n, 8, generator=generator)
+        for n, scale in ((800, 1.0), (200, 1.0), (150, 0.4), (150, 1.5))
+    )
+    setup = SimpleNamespace(
+        reference=SimpleNamespace(features=train),
+        other_features=torch.cat([odd, usual]),
+        held_out_features=control,
+        rows=torch.arange(200),
+        seed=0,
+        distance=lambda features: features.var().item(),
+    )
+    record = mistakes.typicality(setup)
+    assert (record["n_fake"], record["n_control"]) == (150, 200)
+    _, typical, least = record["rows"]
+    assert typical["value"] < 0.3 and least["value"] > 1.5
+    assert typical["authpct"] < least["authpct"] - 20 and typical["ct"] < -3 < 3 < least["ct"]
+    low, high = typical["train_share_interval"]
+    assert low < 0.5 < high
+
+
 def test_jpeg_keeps_even_grey():
     images = torch.full((2, 3, 28, 28), 128, dtype=torch.uint8)
     assert torch.equal(through_jpeg(images, 50), images)
