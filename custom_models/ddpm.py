@@ -48,8 +48,8 @@ PRESETS = {
     "baseline": Config(),
     "best": edm.Config(),
     "best_small": edm.SMALL,
-    # A U-Net of half a million parameters for two CPU cores: a reduced budget, not a result. A
-    # batch of 16 takes as long an image as one of 128, and makes eight updates of one.
+    # A U-Net of half a million parameters for a CPU core: a reduced budget, not a result. There an
+    # image costs as much in a batch of 16 as in one of 128, and eight times the updates are made.
     "small": replace(
         Config(),
         channels=(32, 64, 128),

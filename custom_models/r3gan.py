@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from custom_models.config import ModelConfig
-from custom_models.layers import CHROMA, JPEG, ResidualBlock, cosine_decay, update
+from custom_models.layers import CHROMA, JPEG, ResidualBlock, update
 from utils import random_flips_and_turns
 
 
@@ -24,18 +24,17 @@ class Config(ModelConfig):
     generator_channels: tuple = (96, 64, 32)  # widths at a quarter of the side, a half, the whole
     discriminator_channels: tuple = (32, 64, 96)  # widths at the whole side, a half, a quarter
     gamma: float = 1.0  # weight of both penalties at first
-    gamma_end: float = 0.2  # their weight after anneal_images; between them it falls geometrically
-    anneal_images: int = 200_000  # images over which that weight falls
+    gamma_end: float = 0.1  # their weight after anneal_images; between them it falls geometrically
+    anneal_images: int = 240_000  # images over which that weight falls
     penalty_interval: int = 2  # steps between penalties, which then weigh as much more
-    lr: float = 4e-4  # step size of Adam, for both networks, at first
-    decay_images: int = 214_000  # images over which it falls to a fiftieth; 0: it stays
+    lr: float = 4e-4  # step size of Adam, for both networks
     beta1: float = 0.0  # of Adam: share of the past in the mean gradient
     beta2: float = 0.99  # of Adam: share of the past in the mean squared gradient
     jpeg_quality: int = 75  # of the data set's files, 1 to 100; 0: it was not stored as JPEG
-    jpeg_chroma: str = "dct"  # how its files halve colours: mean or dct, as in `layers.JPEG`
+    jpeg_chroma: str = "mean"  # how its files halve colours: mean or dct, as in `layers.JPEG`
     JPEG_ELSEWHERE: ClassVar[int] = 0  # jpeg_quality for data that was not stored as JPEG
-    LATER: ClassVar[dict] = {"jpeg_chroma": "mean", "decay_images": 0}
-    batch_size: int = 32
+    LATER: ClassVar[dict] = {"jpeg_chroma": "mean"}
+    batch_size: int = 64
     epochs: int = 18
     ema_decay: float = 0.999
     flips_and_turns: bool = True
@@ -50,7 +49,6 @@ class Config(ModelConfig):
         for name in ("gamma", "gamma_end"):
             self.require(getattr(self, name) > 0, name, "above 0")
         self.require(self.anneal_images >= 1, "anneal_images", "at least 1")
-        self.require(self.decay_images >= 0, "decay_images", "at least 0")
         self.require(self.penalty_interval >= 1, "penalty_interval", "at least 1")
         self.require(self.jpeg_chroma in CHROMA, "jpeg_chroma", " or ".join(CHROMA))
         self.require(0 <= self.jpeg_quality <= 100, "jpeg_quality", "from 0 to 100")
@@ -119,15 +117,14 @@ class Model(nn.Module):
         self.config = config
         self.generator = Generator(config)
         self.discriminator = Discriminator(config)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # a resumed run goes on
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         config = self.config
         settings = {"lr": config.lr, "betas": (config.beta1, config.beta2)}
-        # Kept by the optimiser, so that a resumed run goes on where its schedules were.
-        judged = {"params": self.discriminator.parameters(), "steps": 0}
         return {
             "generator": torch.optim.Adam(self.generator.parameters(), **settings),
-            "discriminator": torch.optim.Adam([judged], **settings),
+            "discriminator": torch.optim.Adam(self.discriminator.parameters(), **settings),
         }
 
     def latents(self, n: int, device: torch.device, generator=None) -> Tensor:
@@ -142,16 +139,11 @@ class Model(nn.Module):
         D(x) - D(G(z)) before the updates, and the penalties.
         """
         config, n = self.config, len(images)
-        (counted,) = optimizers["discriminator"].param_groups
-        penalised = counted["steps"] % config.penalty_interval == 0
-        counted["steps"] += 1
-        images_seen = counted["steps"] * n
-        if config.decay_images:
-            rate = config.lr * cosine_decay(images_seen / config.decay_images)
-            for optimizer in optimizers.values():
-                optimizer.param_groups[0]["lr"] = rate
         with torch.no_grad():
             fakes = self.generator(self.latents(n, images.device))
+        done = int(self.steps)  # the one value of a step that a GPU is waited for
+        penalised = done % config.penalty_interval == 0
+        self.steps += 1
         # Penalties need a second derivative, which does not bear less than float32.
         with torch.autocast(images.device.type, enabled=not penalised and _mixed(images.device)):
             x, y = (part.detach().float().requires_grad_(penalised) for part in (images, fakes))
@@ -162,7 +154,7 @@ class Model(nn.Module):
                 # E ‖∇D(x)‖² on real images and on generated ones; the sign is squared away.
                 gradients = torch.autograd.grad(margin.sum(), [x, y], create_graph=True)
                 r1, r2 = (config.penalty_interval * (g**2).sum((1, 2, 3)).mean() for g in gradients)
-        update(optimizers["discriminator"], loss_d + self.gamma(images_seen) / 2 * (r1 + r2))
+        update(optimizers["discriminator"], loss_d + self.gamma((done + 1) * n) / 2 * (r1 + r2))
 
         self.discriminator.requires_grad_(False)
         real = self.discriminator(images)
@@ -173,7 +165,7 @@ class Model(nn.Module):
         return {"loss_d": loss_d, "loss_g": loss_g, "margin": margin.mean(), "r1": r1, "r2": r2}
 
     def gamma(self, images_seen: int) -> float:
-        """The penalties' weight now: large while generated images are far off, then smaller."""
+        """The penalties' weight: large while generated images are far off, then smaller."""
         config = self.config
         done = min(1.0, images_seen / config.anneal_images)
         return config.gamma ** (1 - done) * config.gamma_end**done
