@@ -114,8 +114,8 @@ def seed_everything(seed: int) -> None:
 def pick_device(name: str = "auto") -> torch.device:
     """`auto` takes CUDA where there is one; `cuda` without a GPU is an `InputError`.
 
-    On a GPU convolutions are float32 where they are not bfloat16, never TF32, of which a gradient
-    penalty's second derivative can't bear the rounding.
+    On a GPU convolutions are float32 where they are not bfloat16, never TF32, whose
+    rounding a gradient penalty's second derivative can't bear.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -59,7 +59,7 @@ def evaluate_per_class(
         for part in (
             extract(images, extractor, "features of generated images", cache=False),
             extract(train.images, extractor, "features of real cells (train)"),
-            extract(held_out.images, extractor, "features of real images (held out)"),
+            extract(held_out.images, extractor, "features of real cells (held out)"),
         )
     )
     rows = []

@@ -691,7 +691,8 @@ def _nearer_than_real(row: dict, floor: dict) -> str:
     names = []
     authentic, control = row["authpct_mean"], real.get("authpct")
     if None not in (authentic, control):
-        shares = (authentic, row["n_fake"]), (control, real["n_images"] + real["n_held_out"])
+        n_real = real["n_images"] + real.get("n_held_out", 0)
+        shares = (authentic, row["n_fake"]), (control, n_real)
         error = math.sqrt(sum(p * (100 - p) / n for p, n in shares))
         names += ["AuthPct"] * (authentic < control - SURE * error)
     if None not in (row["ct_mean"], real.get("ct")):
@@ -757,10 +758,10 @@ TRUST_WORDS = {
     "and by more than three "
     "standard errors is told beside the verdict.",
     "ct": "C_T: below real cells' where images lie nearer to training cells than real ones do, by "
-    "copying or by drawing the usual kinds alone, which is told beside the verdict below -3. It "
-    "grows with the number of images, and real cells' is of half of them against the other half; "
-    "with 8 to 12 regions instead of 10 real cells' moves by 0.1, a generator's by up to a "
-    "quarter, or 0.6.",
+    "copying or by drawing the usual kinds alone, which is told beside the verdict below -3. C_T "
+    "grows with the number of images; that of real cells is of one half of them, with the other as "
+    "held out, while their AuthPct is of all. With 8 to 12 regions instead of 10 real cells' moves "
+    "by 0.1, a generator's by up to a quarter, or 0.6.",
 }
 
 

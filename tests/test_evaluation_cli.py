@@ -58,6 +58,10 @@ def test_real_cells_that_no_one_trained_on_lie_at_the_floor(
     assert metrics["frechet_distance"] < 1.5 * metrics["floor"]["frechet_distance"]
     # Its control are the other held-out cells.
     assert metrics["copies"]["n_held_out"] == 24
+    authpct = metrics["copies"]["authpct_held_out"]
+    assert f"| AuthPct | {metrics['copies']['authpct']:.1f} | {authpct:.1f} |" in (
+        tmp_path / "out" / "table.md"
+    ).read_text(encoding="utf-8")
     low, high = metrics["copies"]["pixels"]["train_share_interval"]
     assert low < 0.5 < high
     assert metrics["copies"]["verdict"] == "no sign of copies"

@@ -342,6 +342,23 @@ def test_a_cpu_trains_in_bfloat16_where_it_is_asked_to(make, monkeypatch):
     assert pipeline.evaluate()["precision"] == "bfloat16"
 
 
+@pytest.mark.parametrize("name, dtype", [("ddpm", torch.bfloat16), ("dcgan", torch.float32)])
+def test_only_diffusion_draws_in_bfloat16(name, dtype, make, monkeypatch):
+    """Of the others, which take one pass, it would round the pixels."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    pipeline, seen = make(name, precision="bfloat16"), set()
+
+    def note(layer, inputs, output):
+        seen.add(output.dtype)
+
+    model = pipeline._ready_to_sample(pipeline.model)
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
+            layer.register_forward_hook(note)
+    pipeline._sample_from(model, torch.arange(8), 0)
+    assert seen == {dtype}
+
+
 @given(st.integers(0, 2**70), st.text(max_size=5), st.integers(0, 2**40))
 def test_derived_seeds_fit_torch_and_differ(seed, purpose, step):
     value = derive_seed(seed, purpose, step)

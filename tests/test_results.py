@@ -170,6 +170,10 @@ def test_the_readmes_words_have_the_numbers_of_the_records():
     dcgan = [r for r in RECORDS[RESULTS] if (r["model"], r["preset"]) == ("dcgan", "best")]
     one, other = (round(r["metrics"]["frechet_distance"]) for r in dcgan)
     assert f"the DCGAN's two as `best` lie at {one} and {other}." in words
+    rows = json.loads((RESULTS / "numbers" / "typicality.json").read_text())["rows"]
+    half, usual, _ = [(round(row["authpct"]), f"{row['ct']:.0f}") for row in rows]
+    sentence = "(AuthPct {} and C_T {} instead of a random half's {} and {};"
+    assert sentence.format(*usual, *half).replace("-", "−") in words
     runs = [r for r in RECORDS[RESULTS] if (r["model"], r["preset"]) == ("dcgan", "baseline")]
     distances = [r["metrics"]["frechet_distance"] for r in runs]
     domain = [r["metrics"]["domain"]["frechet_distance"] for r in runs]

@@ -330,7 +330,7 @@ def test_real_cells_stand_above_the_classes(tmp_path):
     [
         (77.0, -0.5, ""),
         (70.0, -0.5, "AuthPct"),
-        (76.6, -0.5, ""),  # three standard errors are 2.4
+        (76.6, -0.5, ""),  # three standard errors are 2.5
         (77.0, -4.0, "C_T"),
         (70.0, -4.0, "AuthPct and C_T"),
         (90.0, 5.0, ""),
