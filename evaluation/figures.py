@@ -537,10 +537,10 @@ def validation_curves(
                 style = {"color": "grey", "fillstyle": "none"}
                 axis.plot(seen, values, "o", label=f"{ends[0]['preset']}, to train", **style)
             axis.set_title(_run_title(group[0], names))
-            axis.set_xlabel("images seen")
+            axis.set_xlabel("thousand images seen")
             axis.set_xscale("log")
             axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.xaxis.set_major_formatter(PLAIN)
+            axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:,.0f}")
             axis.xaxis.set_minor_locator(NullLocator())
             axis.set_yscale("log")
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

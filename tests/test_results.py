@@ -304,7 +304,8 @@ def test_the_readmes_words_on_few_cells_have_the_numbers_of_the_records():
     assert "({}, {} to {}, and {}, {} to {})".format(*both) in words
     assert {row["verdict"] for row in changes} == {"within the noise"}
     assert flawed[0] == flawed[1] and f"balanced accuracy is {flawed[0]} with both" in words
-    assert f"the same arm has {sound[0]} and {sound[1]} (" in words
+    sentence = "the arm that it was made from, tested on other, real cells alone, has {} and {}."
+    assert sentence.format(*sound) in words
     counts = rows["cnn", "published flaw", ""]
     tested = float(counts["n_test"])
     assert 0.7 < 1 - float(rows["cnn", "real", ""]["n_test"]) / tested < 0.75
