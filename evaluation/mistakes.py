@@ -1,10 +1,10 @@
-"""What common mistakes do to a Fréchet distance, and to scores of copying, on real cells.
+"""What common mistakes do to a Fréchet distance, measured on real cells.
 
     python -m evaluation.mistakes --data-root DATA --extractor FILE
 
 Each experiment is a function that returns a plain dict; `measure` keeps it, with the facts it was
 taken under, as OUT/EXPERIMENT.json and doesn't measure it again. Those that need images of a
-generator, and `typicality`, are called by notebooks/how_to_read_the_numbers.ipynb.
+generator, `softness` and `typicality` are called by notebooks/how_to_read_the_numbers.ipynb.
 """
 
 import functools
@@ -562,14 +562,7 @@ def typicality(setup: Setup) -> dict:
 # ---------------------------------------------------------------------------------------------
 
 # Those that need no generator. The one that needs files beside the data set comes last.
-EXPERIMENTS = (
-    sample_size,
-    value_range,
-    jpeg,
-    augmented_reference,
-    softness,
-    resize,
-)
+EXPERIMENTS = (sample_size, value_range, jpeg, augmented_reference, resize)
 
 
 def measure(experiment, setup: Setup, out: str | Path = OUT, *images: torch.Tensor) -> dict:
@@ -634,11 +627,7 @@ def main(arguments: list[str] | None = None) -> None:
         record = measure(experiment, setup, options.out)
         print(f"{record['experiment']}: {record['what']}")
         for row in record["rows"]:
-            scores = ""
-            if "authpct" in row:
-                c_t = "–" if row["ct"] is None else f"{row['ct']:.1f}"
-                scores = f", AuthPct {row['authpct']:.1f}, C_T {c_t}"
-            print(f"  {row['name']}: {record['distance_name']} {row['value']:.1f}{scores}")
+            print(f"  {row['name']}: {record['distance_name']} {row['value']:.1f}")
 
 
 if __name__ == "__main__":

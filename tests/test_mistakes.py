@@ -423,7 +423,6 @@ def test_notebook_runs_without_a_trained_generator(pbc_root, tiny_extractor, tmp
         "jpeg.png",
         "resize.png",
         "sample_size.png",
-        "softness.png",
         "value_range.png",
     ]
 
