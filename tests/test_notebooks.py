@@ -43,7 +43,7 @@ def test_form(path):
     assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
     assert notebook.metadata.kernelspec.name == "python3"
     assert notebook.cells[0].source.startswith("# ")
-    assert len(code_cells(path)) <= 14  # about twelve
+    assert len(code_cells(path)) <= 13  # about twelve
     tagged = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     assert len(tagged) == 1
 
