@@ -49,7 +49,7 @@ PRESETS = {
     "best": edm.Config(),
     "best_small": edm.SMALL,
     # A U-Net of half a million parameters for a CPU core: a reduced budget, not a result. There an
-    # image costs as much in a batch of 16 as in one of 128, and eight times the updates are made.
+    # image costs little more in a batch of 16 than in one of 128, for eight times the updates.
     "small": replace(
         Config(),
         channels=(32, 64, 128),
