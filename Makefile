@@ -1,4 +1,4 @@
-# make demo    the four models on drawn cells, at quick size: no download, about ten minutes
+# make demo    the four models on generated cells, at quick size: no download, about ten minutes
 # make suite   the full job on BloodMNIST: SEEDS= MODELS= PRESET= EXTRACTOR= DATA_ROOT= OUT= narrow it
 # Every target makes .venv and installs requirements.txt by itself, once.
 
@@ -15,7 +15,7 @@ RUN := $(VENV)/bin/python
 .PHONY: help demo suite ablations augmentation fid checkpoints samples paper benchmark test clean
 
 help:
-	@echo "make demo       four models, two seeds (SEEDS=), drawn cells -> results/demo"
+	@echo "make demo       four models, two seeds (SEEDS=), generated cells -> results/demo"
 	@echo "make suite      four models, five seeds (SEEDS=), BloodMNIST -> my_results (OUT=)"
 	@echo "                narrow it with MODELS=\"cvae dcgan\" PRESET= EXTRACTOR= DATA_ROOT= JOBS= OUT="
 	@echo "make ablations  changed settings against each preset, three seeds (SEEDS=)"

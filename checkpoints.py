@@ -2,6 +2,7 @@
 
     python checkpoints.py ship     # finished `best` runs → results/checkpoints
     python checkpoints.py draw     # a grid of each shipped model → samples
+    python checkpoints.py demo     # the demo data, by the shipped diffusion model → results
 
 A checkpoint is three files: MODEL-PRESET.safetensors (the float16 weights that were measured, and
 what they are), .json (the run's record and the sha256 of the weights' file) and .md (the model
@@ -15,26 +16,42 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from safetensors.torch import save
 from torch import nn
 
 from custom_models import MODELS
-from custom_models.drawing import SHIPPED_FORMAT, load_shipped, sample
-from evaluation import figures, tables
+from custom_models.drawing import (
+    IN_GRID,
+    SHIPPED_FORMAT,
+    labelled_grid,
+    load_model,
+    load_shipped,
+    sample,
+)
+from evaluation import copies, figures, tables
+from evaluation.features import load_extractor, refuse_domain
 from generative_pipeline import WEIGHTS_FORMAT, differences, run_folder
 from utils import (
+    DEMO_FILE,
     InputError,
     OneSentenceParser,
     class_balanced_labels,
     exit_on_bad_input,
+    load_dataset,
+    save_png,
+    sha256_of,
     write_atomically,
     write_text,
 )
 
 PRESETS, SEED = ("best", "best_small"), 0  # the first that is finished
 LARGEST = 25_000_000  # bytes
+DEMO_CHECKPOINT = "results/checkpoints/ddpm-best_small.safetensors"
+DEMO_PER_CLASS = 250
+DEMO_SPLITS = {"train": 1400, "val": 200, "test": 400}  # cells
 
 KINDS = {
     "cvae": "a variational autoencoder",
@@ -62,9 +79,9 @@ DATA = {
         PBC_LIMITS,
     ),
     "demo": (
-        "Cells drawn by a small seeded routine of this suite, no patient's. Licence: MIT, as the "
-        "code.",
-        "Drawn cells only show that the code runs; the images say nothing of real blood.",
+        "Cells drawn by this suite's diffusion model, no patient's. The model learned from "
+        "BloodMNIST (CC BY 4.0, so name its authors).",
+        "Generated cells only show that the code runs; a model of them says nothing of real blood.",
     ),
     "bccd": (
         "BCCD, one white cell cut from each photograph. Licence of the data: MIT.",
@@ -288,6 +305,73 @@ def draw(path: str | Path, out: str | Path, seed: int = SEED) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
+# The demo data
+# ---------------------------------------------------------------------------------------------
+
+
+def draw_demo(
+    checkpoint: str | Path,
+    out: str | Path,
+    data_root: str | Path | None = None,
+    extractor: str | None = None,
+) -> dict:
+    """Draw the demo data with a shipped model, and search it for copies of training cells.
+
+    Writes `out`, a .npz in MedMNIST's format with 250 cells of each class in three splits, and
+    beside it a .json (what drew them, and what the search found, which is returned) and a .png.
+    checkpoint, errors: as in `load_shipped`; data_root: with the data that the model learned from;
+    extractor: in whose features copies are searched, as in `load_extractor`; not one that knows
+    the training cells. Raises InputError, too, for a model without classes, and where there are
+    signs of copies: then nothing is written.
+    """
+    model, about = load_model(checkpoint)
+    if not model.conditional:
+        raise InputError(f"{checkpoint} can't be asked for a class; give a model that can")
+    network = load_extractor(extractor)
+    refuse_domain(network)
+    train, held_out = (
+        load_dataset("bloodmnist", data_root, about["image_size"], split)
+        for split in ("train", "held_out")
+    )
+    if train.sha256() != about["dataset_sha256"]:
+        raise InputError(
+            f"{checkpoint} learned from other cells than those of {train.name}; give the data root "
+            "with its own, in which copies have to be searched"
+        )
+    labels = class_balanced_labels(len(about["classes"]), DEMO_PER_CLASS)
+    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(SEED))]
+    images = sample(model, labels, SEED)
+    found, _ = copies.find_copies(images, train.images, held_out.images, network)
+    if not found["verdict"].startswith("no sign of copies"):
+        raise InputError(f"the cells that {checkpoint} draws: {found['verdict']}; take another")
+
+    arrays = {}
+    counts = list(DEMO_SPLITS.values())
+    for split, cells, kinds in zip(DEMO_SPLITS, images.split(counts), labels.split(counts)):
+        arrays[f"{split}_images"] = cells.permute(0, 2, 3, 1).numpy()
+        arrays[f"{split}_labels"] = kinds[:, None].numpy().astype(np.uint8)
+    out = Path(out)
+    record = {
+        "file": out.name,
+        "splits": DEMO_SPLITS,
+        "sha256": sha256_of(images),
+        "drawn_by": {"file": Path(checkpoint).name, "sha256": about["sha256"]},
+        "seed": SEED,
+        "copies": found,
+    }
+    rows = torch.cat([torch.nonzero(labels == k)[:IN_GRID, 0] for k in labels.unique()])
+
+    def write(partial: Path) -> None:
+        with open(partial, "wb") as file:
+            np.savez_compressed(file, **arrays)
+
+    write_atomically(out, write)
+    write_text(out.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
+    save_png(labelled_grid(images[rows], about["classes"], IN_GRID), out.with_suffix(".png"))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------
 
@@ -302,6 +386,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     drawing.add_argument("--checkpoints", default="results/checkpoints", help="their folder")
     drawing.add_argument("--out", default="samples", help="folder of the grids (samples)")
     drawing.add_argument("--seed", type=int, default=SEED, help=f"of the noise ({SEED})")
+    demo = commands.add_parser("demo", help="draw the demo data with the shipped diffusion model")
+    demo.add_argument("--checkpoint", default=DEMO_CHECKPOINT, help=f"({DEMO_CHECKPOINT})")
+    demo.add_argument("--data-root", help="folder of the data ($DATA_ROOT, else data)")
+    demo.add_argument(
+        "--extractor", help="for the search for copies ($EXTRACTOR, else inception)"
+    )
+    demo.add_argument("--out", default=str(DEMO_FILE), help="a .npz (results/demo_cells.npz)")
     return parser.parse_args(arguments)
 
 
@@ -351,6 +442,11 @@ def main() -> None:
     options = parse_arguments()
     if options.command == "ship":
         ship_all(options.results, options.out)
+    elif options.command == "demo":
+        found = draw_demo(
+            options.checkpoint, options.out, options.data_root, options.extractor
+        )
+        print(f"{options.out}: {found['verdict']}")
     else:
         draw_all(options.checkpoints, options.out, options.seed)
 

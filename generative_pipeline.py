@@ -144,7 +144,8 @@ class GenerativePipeline:
             keep_freed_memory()
         else:
             torch.cuda.reset_peak_memory_stats(self.device)
-        self._set_up_model(compile)
+        self.compile = compile
+        self._set_up_model()
 
     def _check_held_out(self) -> None:
         """Tell before the training, not after it, that there is too little to measure it by."""
@@ -160,7 +161,7 @@ class GenerativePipeline:
                 "distance needs three; add images, or set validation_epochs to 0"
             )
 
-    def _set_up_model(self, compile: bool) -> None:
+    def _set_up_model(self) -> None:
         seed_everything(derive_seed(self.seed, "initial weights"))
         self.model = self.config.build()
         self.model.to(self.device, memory_format=torch.channels_last)
@@ -170,7 +171,7 @@ class GenerativePipeline:
         self.step, self.seconds, self.history, self.best = 0, 0.0, [], None
         self.training = None  # how it was trained; known once it is over
         self.kept = None  # the kept weights, where they come from their file
-        if compile:
+        if self.compile:
             for name, network in self.model.named_children():
                 if name not in getattr(self.model, "penalised", ()):  # twice derived: not compiled
                     network.compile()  # in place: the keys of the state stay plain
@@ -192,6 +193,9 @@ class GenerativePipeline:
                 self._train()
 
     def _train(self) -> None:
+        self._set_up_model()  # a call that was interrupted leaves half an update behind
+        if self.config.validation_epochs:
+            self.extractor()  # told now, if it is missing, and not after the first epochs
         if self.load_checkpoint() and self.step < self.total_steps:
             print(f"going on after epoch {len(self.history)} from {self.checkpoint_path}")
         writer = self._tensorboard()
@@ -500,7 +504,7 @@ class GenerativePipeline:
 
     def _sample_from(self, model, labels: torch.Tensor, seed: int) -> torch.Tensor:
         # Only diffusion takes many passes an image; of others bfloat16 would round the pixels.
-        with self._autocast(cache=True) if self.name == "ddpm" else contextlib.nullcontext():
+        with self._autocast(cache=True) if hasattr(model, "in_steps") else contextlib.nullcontext():
             return draw(model, labels, seed)
 
     # -----------------------------------------------------------------------------------------
@@ -515,11 +519,7 @@ class GenerativePipeline:
         """The feature extractor, loaded once."""
         if self._extractor is None:
             self._extractor = features.load_extractor(self.extractor_name, self.device)
-        if self._extractor.distance_name == "FD (domain)":
-            raise InputError(
-                "the domain extractor knows the train split, which is the reference here; it is "
-                "used besides, against the test split: give another extractor"
-            )
+        features.refuse_domain(self._extractor)
         return self._extractor
 
     def weights_key(self) -> str:
@@ -696,8 +696,12 @@ class GenerativePipeline:
         all from the same noise; they are compared with the validation split, so that a setting may
         be chosen by them. Returns a row for each: settings, evaluations of the network for one
         image, kid and kid_standard_error. They are kept in sampling.json, with a picture beside it,
-        and measured once.
+        and measured once. Raises InputError for a model without samplers to choose from.
         """
+        if not all(hasattr(self.config, name) for name in SAMPLING_SETTINGS):
+            raise InputError(
+                f"{self.name} {self.preset} has no samplers to choose from; ddpm's best has"
+            )
         val, extractor, path = self.sets["val"], self.extractor(), self.out / "sampling.json"
         chosen = [self._sampling_settings(settings) for settings in ({}, *variants)]
         study = {

@@ -490,8 +490,11 @@ def report_study(options: argparse.Namespace) -> list[tuple[Path, str]]:
     words = {".md": "tables", ".csv": "the same with all digits", ".png": "figure"}
     paths = augmentation.write_report(folder)
     # The last fold's: those that ran before it could not show its records.
-    *_, last = sorted(folder.glob("fold*-seed0/notebook.ipynb"))
-    return [*((path, words[path.suffix]) for path in paths), (last, "explained and executed")]
+    last = sorted(folder.glob("fold*-seed0/notebook.ipynb"))[-1:]
+    return [
+        *((path, words[path.suffix]) for path in paths),
+        *((path, "explained and executed") for path in last),
+    ]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -555,8 +558,10 @@ def _is_asked_for(record: dict, options: argparse.Namespace) -> bool:
 
 def _remeasure_run(record: dict, source: Path, options: argparse.Namespace) -> str:
     target = run_folder(options.out, *_run(record))
-    weights = _kept_weights(record, source)
-    write_atomically(target / "weights.pt", lambda path: shutil.copyfile(weights, path))
+    weights, copy = _kept_weights(record, source), target / "weights.pt"
+    if copy.exists() and copy.read_bytes() != weights.read_bytes():
+        raise InputError(f"{copy} holds the weights of another training; choose another --out")
+    write_atomically(copy, lambda path: shutil.copyfile(weights, path))
     pipeline = _trained_pipeline(record, target, options.device)
     pipeline.evaluate()
     return describe(pipeline.record_path)
@@ -873,6 +878,8 @@ def _short(path: Path) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
+    # An end by SIGTERM must pass through the clean-up, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     print("checking parameters, data and extractor …", flush=True)
     check(options)
     if options.study == GENERATORS:
@@ -888,7 +895,7 @@ def main(arguments: list[str] | None = None) -> int:
         _check_parameters(comparison)
         if options.remeasure:
             failures = remeasure(options, records)
-            cause = Runner(jobs=1).execute(comparison)
+            cause = _compare(comparison)
             if cause:
                 failures[comparison.name] = cause
             return _report_failures(failures)
@@ -908,34 +915,40 @@ def main(arguments: list[str] | None = None) -> int:
             "--models (MODELS= of make)",
             flush=True,
         )
-    # An end by SIGTERM must pass through the clean-up, too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     failures = run_all(to_do, options.jobs) if to_do else {}
     measured = any(task.record.exists() for task in done + to_do)
     if measured and not (options.ablations or options.study):
         print("comparing the models …", flush=True)
-        runner = Runner(jobs=1)
-        try:
-            cause = runner.execute(comparison)
-        finally:
-            runner.stop()
+        cause = _compare(comparison)
         if cause:
             failures[comparison] = cause
-        else:
-            write_gallery(options.out)
-        _print_files(_files(options, comparison))
     for task in failures:
         failed = task.target.with_name("failed.ipynb")
         if failed.exists():
             failures[task] += f" (see {_short(failed)})"
     causes = {task.name: cause for task, cause in failures.items()}
-    report = report_study if options.study else compare_ablations if options.ablations else None
-    if measured and report:
-        try:
-            _print_files(report(options))
-        except InputError as error:  # the failed runs are to be named all the same
-            causes["table of the study" if options.study else "table of the grid"] = str(error)
+    try:  # whatever is wrong with it, the failed runs are to be named all the same
+        if measured and options.study:
+            _print_files(report_study(options))
+        elif measured and options.ablations:
+            _print_files(compare_ablations(options))
+        elif measured and comparison not in failures:
+            write_gallery(options.out)
+    except InputError as error:
+        what = "the study" if options.study else "the grid" if options.ablations else "all runs"
+        causes[f"table of {what}"] = str(error)
+    if measured and not (options.ablations or options.study):
+        _print_files(_files(options, comparison))
     return _report_failures(causes)
+
+
+def _compare(comparison: Task) -> str | None:
+    """Execute the comparison of the models; returns why it failed, if it did."""
+    runner = Runner(jobs=1)
+    try:
+        return runner.execute(comparison)
+    finally:
+        runner.stop()
 
 
 def _report_failures(causes: dict[str, str]) -> int:

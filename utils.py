@@ -10,7 +10,6 @@ import contextlib
 import csv
 import ctypes
 import errno
-import functools
 import gzip
 import hashlib
 import io
@@ -324,17 +323,22 @@ def _load_bloodmnist(root: Path, size: int, split: str):
     path = root / ("bloodmnist.npz" if size == 28 else f"bloodmnist_{size}.npz")
     if not path.exists():
         _download_bloodmnist(root, size, path)
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            images, labels = file[f"{split}_images"], file[f"{split}_labels"]
-    except KeyError as error:
-        raise InputError(f"{path} is not a MedMNIST file: {error.args[0]}; get it anew") from None
-    except (*BROKEN_ARCHIVE, ValueError, TypeError) as error:
-        raise InputError(f"{path} cannot be read ({error}); it may be cut short, get it anew")
+    images, labels = _read_medmnist(path, split)
     if images.shape[1:3] != (size, size):
         raise InputError(f"{path} holds images of {images.shape[1:3]}, not {size}×{size} pixels")
     rebuilt = hashlib.sha256(path.read_bytes()).hexdigest() == REBUILT_BLOODMNIST_SHA256
     return "BloodMNIST (rebuilt)" if rebuilt else "BloodMNIST", images, labels, BLOOD_CLASSES
+
+
+def _read_medmnist(path: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of a split from a .npz in MedMNIST's format."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return file[f"{split}_images"], file[f"{split}_labels"]
+    except KeyError as error:
+        raise InputError(f"{path} is not a MedMNIST file: {error.args[0]}; get it anew") from None
+    except (*BROKEN_ARCHIVE, ValueError, TypeError) as error:
+        raise InputError(f"{path} cannot be read ({error}); it may be cut short, get it anew")
 
 
 def _download_bloodmnist(root: Path, size: int, path: Path) -> None:
@@ -711,7 +715,7 @@ def _read_beside_the_classes(source: Path, name: str) -> bytes | None:
         places = [
             parts
             for parts in members
-            if len(parts) <= 2 and parts[-1].lower() == name and not _is_hidden(parts)
+            if 0 < len(parts) <= 2 and parts[-1].lower() == name and not _is_hidden(parts)
         ]
         return archive.read(members[min(places, key=len)]) if places else None
 
@@ -1169,127 +1173,20 @@ def find_duplicates(sets: list[ImageSet]) -> list[tuple[str, int, str, int]]:
 
 
 # ---------------------------------------------------------------------------------------------
-# The demo data: drawn cells, needing no download
+# The demo data: generated cells, needing no download
 # ---------------------------------------------------------------------------------------------
 
-# Per class: range of the cell's radius in pixels, colours of cytoplasm, nucleus and granules,
-# density of granules. Colours are read off stained smears; every image shifts them a little.
-_LOOKS = {
-    "basophil": ((7.4, 9.4), (140, 92, 164), (106, 56, 148), (64, 26, 110), 0.6),
-    "eosinophil": ((8.4, 9.8), (178, 98, 142), (88, 42, 136), (218, 124, 140), 0.5),
-    "erythroblast": ((5.0, 7.4), (172, 148, 176), (70, 36, 122), (150, 124, 164), 0.2),
-    "immature granulocyte": ((8.6, 12.0), (160, 120, 176), (92, 46, 140), (108, 64, 148), 0.5),
-    "lymphocyte": ((6.2, 8.4), (150, 128, 190), (82, 38, 134), (120, 92, 170), 0.1),
-    "monocyte": ((9.6, 12.4), (160, 130, 180), (106, 58, 144), (126, 92, 162), 0.3),
-    "neutrophil": ((8.6, 10.8), (206, 164, 186), (86, 40, 136), (158, 106, 160), 0.4),
-    "platelet": ((2.6, 4.4), (186, 140, 174), (150, 100, 164), (84, 40, 128), 0.5),
-}
-
-
-def _blob(x, y, discs):
-    """Soft mask of discs (cx, cy, radius) that melt together where they come close."""
-    field = sum((r * r / ((x - cx) ** 2 + (y - cy) ** 2 + 1e-6)) ** 2 for cx, cy, r in discs)
-    return np.clip(0.5 + (field - 1) * min(r for _, _, r in discs) / 4, 0, 1)
-
-
-def _arc(rng, count, span, distance, radius):
-    """Discs spaced along an arc around the cell's centre: the lobes of a nucleus."""
-    angles = rng.uniform(0, 2 * np.pi) + np.linspace(-span / 2, span / 2, count)
-    radii = radius * rng.uniform(0.85, 1.15, count)
-    return np.stack([distance * np.cos(angles), distance * np.sin(angles), radii], 1)
-
-
-def _nucleus(kind, r, rng):
-    """The discs that make up the nucleus of a cell of this kind and radius r."""
-    if kind == "neutrophil":  # three to five lobes on thin bridges
-        lobes = int(rng.integers(3, 6))
-        span = rng.uniform(0.9, 1.15) * (lobes - 1)
-        return _arc(rng, lobes, span, 0.46 * r, rng.uniform(0.24, 0.29) * r)
-    if kind == "eosinophil":  # two plump lobes
-        return _arc(rng, 2, rng.uniform(1.6, 2.5), 0.50 * r, rng.uniform(0.39, 0.46) * r)
-    if kind == "monocyte":  # folded: a broad horseshoe
-        return _arc(rng, 4, rng.uniform(2.4, 4.2), 0.42 * r, rng.uniform(0.31, 0.38) * r)
-    if kind == "immature granulocyte":  # round to kidney-shaped, off centre
-        return _arc(rng, 3, rng.uniform(0.8, 2.6), 0.32 * r, rng.uniform(0.36, 0.44) * r)
-    if kind == "basophil":  # lobes that its granules hide
-        return _arc(rng, 3, rng.uniform(3.0, 4.5), 0.40 * r, 0.34 * r)
-    share = {"erythroblast": (0.60, 0.76), "lymphocyte": (0.84, 0.94), "platelet": (0.5, 0.6)}
-    size = rng.uniform(*share[kind])  # round: one disc that fills this share of the cell's radius
-    return _arc(rng, 1, 0, rng.uniform(0, 0.9) * (1 - size) * r, size * r)
-
-
-def _draw_cell(kind, rng):
-    """One 28x28 RGB cell, drawn at twice the size and averaged down so that edges are soft."""
-    radii, cytoplasm, nucleus, granule, density = _LOOKS[kind]
-    r = rng.uniform(*radii)
-    axis = (np.arange(56) + 0.5) / 2 - 14
-    cx, cy = rng.normal(0, 0.5, 2)
-    # Bending and stretching the coordinates makes every disc below an irregular, turned oval.
-    bend, turn = rng.uniform(0.1, 0.6, 2), rng.uniform(0, 2 * np.pi, 3)
-    x0, y0 = axis[None, :] - cx, axis[:, None] - cy
-    x0, y0 = x0 + bend[0] * np.sin(y0 / 2.6 + turn[0]), y0 + bend[1] * np.sin(x0 / 2.6 + turn[1])
-    stretch = np.exp(rng.normal(0, 0.06))
-    c, s = np.cos(turn[2]), np.sin(turn[2])
-    x, y = (c * x0 + s * y0) * stretch, (c * y0 - s * x0) / stretch
-
-    stain = rng.normal(0, 3, 3)  # one shift for the whole image
-    blue_slide = rng.random() < 0.05  # a few slides have a cold, bluish ground
-    image = np.empty((56, 56, 3))
-    image[:] = ((214, 212, 226) if blue_slide else (254, 228, 200)) + stain * 0.5
-
-    # Red cells absorb light, so that they darken where they overlap.
-    tint = np.array([0.82, 0.75, 0.79]) + rng.normal(0, 0.025)
-    pallor = rng.uniform(0.3, 1.0) if rng.random() < 0.7 else 0.1  # how pale their middles are
-    for _ in range(rng.integers(5, 11)):
-        size, angle = rng.uniform(3.7, 5.0), rng.uniform(0, 2 * np.pi)
-        away = max(r + size, 7) - 0.8 + rng.uniform(0, 9)
-        centre = away * np.cos(angle), away * np.sin(angle)
-        mask = _blob(x, y, [(*centre, size)]) - pallor * _blob(x, y, [(*centre, 0.45 * size)])
-        image *= 1 - mask[..., None] * (1 - tint)
-
-    grain = rng.normal(size=(2, 29, 29)).repeat(2, 1).repeat(2, 2)[:, 1:57, 1:57]
-    body = _blob(x, y, [(0, 0, r)])
-    core = _blob(x, y, _nucleus(kind, r, rng)) * body
-    grains = body * np.clip(density * (grain[0] + 0.8), 0, 1)
-    if kind not in ("basophil", "platelet"):  # only theirs lie over the nucleus
-        grains = grains * (1 - core)
-
-    shift = stain + blue_slide * np.array([0, -12, 30])
-    for colour, mask in ((cytoplasm, body * 0.95), (nucleus, core), (granule, grains * 0.8)):
-        image += mask[..., None] * (colour + shift + rng.normal(0, 6, 3) - image)
-    image += (core * grain[1] * 15)[..., None]  # chromatin is mottled
-    small = image.reshape(28, 2, 28, 2, 3).mean((1, 3)) + rng.normal(0, 2, (28, 28, 3))
-    return np.clip(np.rint(small), 0, 255).astype(np.uint8)
-
-
-def draw_demo_cells(n_per_class: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Cells, uint8 [N, 28, 28, 3], and labels, int64 [N], shuffled; the seed determines both."""
-    count = len(BLOOD_CLASSES)
-    # Each image has its own generator, so image i of a class is the same however many are drawn.
-    labels = np.repeat(np.arange(count, dtype=np.int64), n_per_class)
-    images = np.empty((len(labels), 28, 28, 3), np.uint8)
-    for row, label in enumerate(labels):
-        rng = np.random.default_rng([seed, label, row % n_per_class])
-        images[row] = _draw_cell(BLOOD_CLASSES[label], rng)
-    order = np.random.default_rng([seed, count]).permutation(len(labels))
-    return images[order], labels[order]
-
-
-@functools.cache
-def _demo_cells() -> tuple[np.ndarray, np.ndarray]:
-    return draw_demo_cells(DEMO_PER_CLASS)
-
-
-DEMO_PER_CLASS = 250
-DEMO_ROWS = {"train": slice(0, 1400), "val": slice(1400, 1600), "test": slice(1600, 2000)}
+# Drawn by our diffusion model, in MedMNIST's own format; `python checkpoints.py demo` writes it.
+DEMO_FILE = Path(__file__).resolve().parent / "results" / "demo_cells.npz"
 
 
 def _load_demo(root: Path, size: int, split: str):
-    """2,000 drawn cells, 250 a class; at 28 pixels alone."""
+    """2,000 generated cells, 250 a class; at 28 pixels alone."""
     if size != 28:
-        raise InputError(f"the demo cells are drawn at 28 pixels, not at {size}")
-    images, labels = _demo_cells()
-    return "demo", images[DEMO_ROWS[split]], labels[DEMO_ROWS[split]], BLOOD_CLASSES
+        raise InputError(f"the demo cells have 28 pixels, not {size}")
+    if not DEMO_FILE.exists():
+        raise InputError(f"{DEMO_FILE} does not exist; it comes with the code, get it anew")
+    return "demo", *_read_medmnist(DEMO_FILE, split), BLOOD_CLASSES
 
 
 LOADERS = {

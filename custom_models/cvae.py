@@ -28,6 +28,7 @@ class Config(ModelConfig):
     def __post_init__(self):
         super().__post_init__()
         self.require(self.latent_dim >= 1, "latent_dim", "at least 1")
+        self.require(self.kl_weight >= 0, "kl_weight", "at least 0")
         self.require(
             self.image_size >= 2 ** len(self.channels), "image_size", "larger for so many layers"
         )

@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from evaluation import copies, figures, protocol, tables
 from evaluation.agreement import classifier_agreement
-from evaluation.features import Extractor, extract, load_extractor
+from evaluation.features import Extractor, extract, load_extractor, refuse_domain
 from evaluation.judge import classifier_of
 from evaluation.reference import SHIPPED, Reference, load_reference, make_reference
 from utils import (
@@ -73,11 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = pick_device(options.device)
     if options.reference.partition(":")[0] in LOADERS:
         extractor = load_extractor(options.extractor, device)
-        if extractor.distance_name == "FD (domain)":
-            raise InputError(
-                "the domain extractor knows the train split, which is the reference here; give "
-                "--reference bloodmnist-28-domain, or another extractor"
-            )
+        refuse_domain(extractor)
         usual = USUAL_SIZE[options.reference.partition(":")[0]]
         size = usual if options.image_size is None else options.image_size
         sets = {

@@ -196,7 +196,7 @@ def agreement(
     }
 
 
-def wilson_interval(right: int, n: int) -> list[float]:
+def wilson_interval(right: float, n: float) -> list[float]:
     """95 % score interval of a share, [low, high] in [0, 1], for `right` hits out of n > 0.
 
     Wilson 1927.

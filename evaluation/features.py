@@ -74,7 +74,7 @@ def load_extractor(spec: str | Path | None = None, device: torch.device | str = 
 
     spec: "inception" (pytorch-fid's Inception-v3 of Heusel et al. 2017, 2048-d), "domain" (128-d,
     trained on real cells of the train split, so its reference is the test split) and "demo" (64-d,
-    on drawn cells), which both come with the project, or a TorchScript file that maps uint8
+    on generated cells), which both come with the project, or a TorchScript file that maps uint8
     [N, 3, H, W] to float32 [N, D]; None: $EXTRACTOR, else "inception".
     Raises InputError for a missing, broken or foreign file and for output of another form.
     """
@@ -100,6 +100,16 @@ def load_extractor(spec: str | Path | None = None, device: torch.device | str = 
         name, distance_name = f"{spec}-{dim}", f"FD ({spec})"
     sha256 = SAME_FEATURES.get(sha256, sha256)
     return Extractor(name, distance_name, sha256, dim, module, device)
+
+
+def refuse_domain(extractor: Extractor) -> None:
+    """Raise InputError for an extractor that knows the train split, where that is the reference."""
+    if extractor.distance_name == "FD (domain)":
+        raise InputError(
+            "the domain extractor knows the train split, which is the reference here; it is for "
+            "distances to the test split (--reference bloodmnist-28-domain of python -m "
+            "evaluation): give another extractor"
+        )
 
 
 def extract(

@@ -39,7 +39,7 @@ PICTURES = {
     "held-out one. A copy would look the same as the one in the middle, and unlike the third.",
     "losses.png": "Losses, and what else the training logged.",
     "frechet_infinity.png": "The Fréchet distance at several numbers of images, and the line that "
-    "leads to endlessly many, FD∞.",
+    "leads to infinitely many, FD∞.",
     "sampling.png": "Kernel distance of the same weights' images by several solvers and numbers of "
     "steps, and under guidance; the ring is what the preset uses.",
     "per_class.png": "Real images beside generated ones, with each class's own distances.",
@@ -248,7 +248,14 @@ def _checkpoints(results: Path) -> list[str]:
     words = "`make samples` draws grids with these files, without data or training."
     if (results.parent / "notebooks" / "explore.ipynb").is_file():
         words += " [`explore`](../notebooks/explore.ipynb) lets you play with them."
-    return ["## Shipped checkpoints", head + "\n".join(lines), words]
+    parts = ["## Shipped checkpoints", head + "\n".join(lines), words]
+    if (results / "demo_cells.json").is_file():
+        drawn_by = _read(results / "demo_cells.json")["drawn_by"]["file"]
+        files = {"demo_cells.npz": "2,000 cells", "demo_cells.json": "their record"}
+        words = f"The data set `demo` was drawn with {drawn_by}: {_links(results, results, files)}."
+        parts.append(words)
+        parts += _pictures(results, results, {"demo_cells.png": "The first eight of each class."})
+    return parts
 
 
 def _studies(results: Path) -> list[str]:

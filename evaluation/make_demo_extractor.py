@@ -1,9 +1,9 @@
-"""Train a small classifier on drawn cells and export its pooled features as TorchScript.
+"""Train a small classifier on generated cells and export its pooled features as TorchScript.
 
 Run from the repository root: python -m evaluation.make_demo_extractor
 Writes evaluation/demo_extractor.pt (uint8 [N, 3, H, W] → float32 [N, 64]) and its record,
-demo_extractor.json. The features serve Fréchet-type distances on the demo data only; they know
-nothing of real cells.
+demo_extractor.json. The cells are other ones than the demo data, drawn by the same model. The
+features serve to try things out on the demo data; no real cell had a part in their training.
 """
 
 import hashlib
@@ -16,9 +16,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from custom_models.drawing import load_model, sample
 from utils import (
     BLOOD_CLASSES,
-    draw_demo_cells,
+    DEMO_FILE,
+    class_balanced_labels,
     progress,
     random_flips_and_turns,
     to_model_range,
@@ -50,12 +52,6 @@ class DemoExtractor(nn.Module):
         if x.shape[2] != 28 or x.shape[3] != 28:
             x = F.interpolate(x, size=[28, 28], mode="bilinear", antialias=True)
         return self.layers(x).mean(dim=(2, 3))
-
-
-def draw(n_per_class: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Demo cells as uint8 [N, 3, 28, 28] and their labels."""
-    images, labels = draw_demo_cells(n_per_class, seed)
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
 
 
 def train(
@@ -97,6 +93,13 @@ def main() -> None:
     torch.manual_seed(SEED)
     extractor = DemoExtractor()
     classifier = nn.Sequential(extractor, nn.Linear(FEATURES, len(BLOOD_CLASSES)))
+    demo = json.loads(DEMO_FILE.with_suffix(".json").read_text(encoding="utf-8"))
+    generator, about = load_model(DEMO_FILE.parent / "checkpoints" / demo["drawn_by"]["file"])
+
+    def draw(per_class: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        labels = class_balanced_labels(len(BLOOD_CLASSES), per_class)
+        return sample(generator, labels, seed), labels
+
     train(classifier, *draw(*TRAIN_DRAW), EPOCHS, PEAK_RATE)
     classifier.eval()
     images, labels = draw(*TEST_DRAW)
@@ -109,6 +112,7 @@ def main() -> None:
         "sha256": hashlib.sha256(data).hexdigest(),
         "features": FEATURES,
         "classes": list(BLOOD_CLASSES),
+        "drawn_by": {"file": demo["drawn_by"]["file"], "sha256": about["sha256"]},
         "train": {"n": TRAIN_DRAW[0] * len(BLOOD_CLASSES), "draw_seed": TRAIN_DRAW[1]},
         "test": {"n": len(labels), "draw_seed": TEST_DRAW[1], "accuracy": right / len(labels)},
         "epochs": EPOCHS,

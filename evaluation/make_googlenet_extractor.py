@@ -27,12 +27,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from evaluation.features import load_extractor
-from evaluation.make_demo_extractor import draw, export
+from evaluation.make_demo_extractor import export
 from utils import (
     BROKEN_ARCHIVE,
     InputError,
     OneSentenceParser,
     exit_on_bad_input,
+    load_dataset,
     write_atomically,
 )
 
@@ -213,18 +214,18 @@ def build(path: Path) -> GoogLeNet:
 
 
 def check(path: Path) -> None:
-    """Compare an extractor's features of three drawn cells with the known ones.
+    """Compare an extractor's features of three demo cells with the known ones.
 
     Raises InputError where one of them differs by more than TOLERANCE of its value.
     """
-    images, _ = draw(1, 0)
+    images = load_dataset("demo", None, 28, "train").images[: len(KNOWN)]
     with torch.inference_mode():
-        features = load_extractor(path).module(images[: len(KNOWN)])
+        features = load_extractor(path).module(images)
     known = torch.tensor(KNOWN)
     difference = (features.unflatten(1, (known.shape[1], -1)).mean(2) / known - 1).abs().max()
     if not difference <= TOLERANCE:
         raise InputError(
-            f"these weights are not those of googlenet-1024: features of drawn cells differ by "
+            f"these weights are not those of googlenet-1024: features of demo cells differ by "
             f"{difference:.1g} of their value from the known ones; {WAY_OUT}"
         )
 

@@ -111,7 +111,7 @@ class Setup:
 
     @functools.cached_property
     def floor(self) -> dict[str, float]:
-        """value: what the unchanged cells get; sd: over other draws of as many held-out cells."""
+        """value: what the unchanged cells get; sd: over draws of as many held-out cells."""
         generator = torch.Generator().manual_seed(self.seed)
         draws = [
             self.distance(_draw(self.held_out_features, len(self.rows), generator))

@@ -1,6 +1,7 @@
 """Tables of results, made from the runs' records and from nothing else."""
 
 import csv
+import dataclasses
 import json
 import math
 import statistics
@@ -24,6 +25,8 @@ from utils import (
 )
 
 BUDGETS = ("full", "reduced", "quick")
+# Settings that the data decides.
+BY_DATA = ("image_size", "image_channels", "n_classes", "jpeg_quality")
 REDUCED_SEEDS = 3
 RECOGNISED = 0.8  # share of a conditional model's samples
 # Change of a curve's mean from the last fifth but one to the last: a share of that mean, or of the
@@ -440,7 +443,7 @@ def _measured(metrics: dict, column: Column) -> str:
 
 
 def _with_interval(metrics: dict) -> str:
-    text = number(metrics["frechet_distance"], ".1f")
+    text = number(metrics.get("frechet_distance"), ".1f")
     if not metrics.get("frechet_interval"):
         return text
     low, high = metrics["frechet_interval"]
@@ -564,12 +567,29 @@ def _row(model: str, preset: str, dataset: str, group: list[dict]) -> dict:
         "seeds": len(group),
         **_means(shown),
         "copies_verdict": _verdict(shown),
+        "settings": _changed_settings(model, preset, group[0]["config"]),
         "stored_as": _stored_as(group[0]["config"]),
         "images_seen": statistics.mean(record["images_seen"] for record in group),
         "seconds": statistics.mean(record["seconds"] for record in group),
         "trained_on": "; ".join(sorted({_trained_on(record) for record in group})),
         "note": note,
     }
+
+
+def _changed_settings(model: str, preset: str, config: dict) -> str:
+    """Settings of a run that are not its preset's, such as "lr 0.001 instead of 0.0002"."""
+    usual = make_config(model, preset)
+    stored = stored_settings(config, usual)
+    own = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in dataclasses.asdict(usual).items()
+        if name not in BY_DATA
+    }
+    return ", ".join(
+        f"{name} {stored[name]} instead of {value}"
+        for name, value in own.items()
+        if stored.get(name, value) != value
+    )
 
 
 def _stored_as(config: dict) -> str:
@@ -631,6 +651,7 @@ def _floor_row(floor: dict) -> dict:
         **_means([floor]),
         "copies_verdict": _verdict([floor]),
         "nearer_than_real": "",
+        "settings": "",
         "stored_as": "",
         "images_seen": None,
         "seconds": None,
@@ -706,7 +727,9 @@ def _rules(row: dict) -> str:
         f"{row['dataset']} at {row['image_size']} pixels: {row['n_fake']:,} images, of a model "
         f"that can be asked for a class with {row['label_distribution']}, against the "
         f"{row['n_real']:,} of the {row['reference_split']} split; features of {row['extractor']} "
-        f"(sha256 {row['extractor_sha256'][:8]}); k = {row['k']}; KID without a factor; "
+        f"(sha256 {row['extractor_sha256'][:8]}); k = {row['k']}; KID without a factor, of "
+        "features as they are, so that it is comparable neither with Inception's nor between "
+        "networks; "
         f"mean ± sd over seeds; protocol {row['protocol']}."
     )
 
@@ -724,22 +747,29 @@ def _markdown(rows: list[dict]) -> str:
     parts += [STORED_WORDS] if jpeg else []
     trust = [c for c in TRUST if any(row[f"{c.name}_mean"] is not None for row in rows)]
     if trust:
-        parts += ["Other eyes, classes and copies:", _one_table(rows, trust, verdict=True)]
+        parts += ["A second network, classes and copies:", _one_table(rows, trust, verdict=True)]
         n_domain = max(row["n_domain"] or 0 for row in rows)
         words = [TRUST_WORDS[c.name].split(": ", 1) for c in trust if c.name in TRUST_WORDS]
         lines = [f"- **{name}**: {meaning}" for name, meaning in words]
         parts.append("\n".join(lines).format(n_domain=n_domain))
     machines = sorted({name for row in rows for name in row["trained_on"].split("; ") if name})
     if len(machines) > 1:
-        parts.append(f"Not all were trained on the same device: {'; '.join(machines)}.")
+        words = "Not all were trained on the same device or in the same precision"
+        parts.append(f"{words}: {'; '.join(machines)}.")
+    parts += [
+        f"{row['model']} {row['preset']} was not run as its preset is: {row['settings']}."
+        for row in rows
+        if row.get("settings")
+    ]
     return "\n\n".join(parts + _notes(rows)) + "\n"
 
 
 STORED_WORDS = (
-    "Stored as: how the images were stored before they were measured; \"mean\": as JPEG with "
-    "colours halved by means of four pixels, as most programs do, \"dct\": within the cosine "
-    "transform. BloodMNIST's own cells are JPEGs of quality 75, dct, whose traces a Fréchet "
-    "distance sees, so rows that differ here differ for that reason, too."
+    "Stored as: how the images were stored before they were measured: as JPEG of that quality, its "
+    "colours brought to half the resolution by means of four pixels (\"mean\"), as most programs "
+    "do, or within the cosine transform (\"dct\"). BloodMNIST's own cells are JPEGs of quality 75, "
+    "dct, whose traces a Fréchet distance sees, so rows that differ here differ for that reason, "
+    "too."
 )
 TRUST_WORDS = {
     "domain_frechet": "FD (domain): on features of our own cell classifier, {n_domain:,} images, "

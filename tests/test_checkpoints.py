@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 
 import checkpoints
+import utils
 from checkpoints import draw, grid, ship
 from custom_models import MODELS
 from custom_models.drawing import load_shipped, sample
@@ -302,11 +303,11 @@ def test_other_seeds_of_a_run_are_found(pipelines, tmp_path):
     assert [record["seed"] for record in found] == [1]
 
 
-def test_the_card_of_drawn_cells(shipped):
+def test_the_card_of_demo_cells(shipped):
     record = json.loads(shipped["cvae"].with_suffix(".json").read_text())
     record["dataset"]["source"] = "demo"
     card = checkpoints.model_card(record, [record])
-    assert "CC BY" not in card and "no patient's" in card
+    assert "this suite's diffusion model, no patient's" in card and "BloodMNIST" in card
 
 
 @BOTH
@@ -560,3 +561,55 @@ def test_kept_checkpoints_and_their_cards_are_those_of_the_kept_runs(tmp_path):
     assert sorted(os.listdir(tmp_path)) == sorted(os.listdir(kept))
     for path in tmp_path.iterdir():
         assert (kept / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+# ---------------------------------------------------------------------------------------------
+# The demo data
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def few(monkeypatch) -> None:
+    """Three cells a class instead of 250."""
+    monkeypatch.setattr(checkpoints, "DEMO_PER_CLASS", 3)
+    monkeypatch.setattr(checkpoints, "DEMO_SPLITS", {"train": 12, "val": 5, "test": 7})
+
+
+def test_demo_cells_are_the_models_own(few, shipped, data_root, tmp_path, monkeypatch):
+    out = tmp_path / "demo_cells.npz"
+    found = checkpoints.draw_demo(shipped["cvae"], out, data_root)
+    monkeypatch.setattr(utils, "DEMO_FILE", out)
+    parts = [load_dataset("demo", split=split) for split in utils.SPLITS]
+    assert [len(part) for part in parts] == [12, 5, 7]
+    images, labels = (torch.cat([getattr(p, name) for p in parts]) for name in ("images", "labels"))
+    assert labels.bincount().tolist() == [3] * 8
+    assert torch.equal(images, sample(load_shipped(shipped["cvae"])[0], labels, 0))
+
+    record = json.loads(out.with_suffix(".json").read_text())
+    weights = hashlib.sha256(shipped["cvae"].read_bytes()).hexdigest()
+    assert record["drawn_by"] == {"file": "cvae-best.safetensors", "sha256": weights}
+    assert record["sha256"] == utils.sha256_of(images) and record["copies"] == found
+    assert (found["n_images"], found["n_train"], found["n_held_out"]) == (24, 160, 64)
+    assert out.with_suffix(".png").exists()
+
+
+def test_demo_cells_that_are_copies_are_not_written(
+    few, shipped, data_root, tmp_path, monkeypatch, bad_input
+):
+    train = load_dataset("bloodmnist", data_root).images
+    monkeypatch.setattr(checkpoints, "sample", lambda model, labels, seed: train[: len(labels)])
+    with bad_input("cvae-best.safetensors draws: copies", "take another"):
+        checkpoints.draw_demo(shipped["cvae"], tmp_path / "demo_cells.npz", data_root)
+    assert not list(tmp_path.iterdir())
+
+
+def test_demo_cells_need_classes_and_the_models_own_data(
+    few, shipped, data_root, tmp_path, tiny_arrays, bad_input
+):
+    with bad_input("dcgan-best.safetensors can't be asked for a class"):
+        checkpoints.draw_demo(shipped["dcgan"], tmp_path / "demo_cells.npz", data_root)
+    other = {"train_labels": 0 * tiny_arrays["train_labels"]}
+    np.savez(tmp_path / "bloodmnist.npz", **tiny_arrays | other)
+    with bad_input("learned from other cells than those of BloodMNIST"):
+        checkpoints.draw_demo(shipped["cvae"], tmp_path / "demo_cells.npz", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["bloodmnist.npz"]

@@ -19,7 +19,7 @@ from evaluation.copies import (
 )
 from evaluation.features import Extractor
 from evaluation.neighbours import k_nearest
-from utils import draw_demo_cells, load_dataset
+from utils import load_dataset
 
 TRAIN, HELD_OUT, SAMPLES = 300, 300, 400
 
@@ -38,8 +38,8 @@ def extractor() -> Extractor:
 
 @pytest.fixture(scope="module")
 def pool() -> torch.Tensor:
-    """Drawn cells for all roles at half their size, uint8 [1000, 3, 14, 14]."""
-    cells = torch.from_numpy(draw_demo_cells(125)[0]).permute(0, 3, 1, 2)
+    """Demo cells for all roles at half their size, uint8 [1000, 3, 14, 14]."""
+    cells = load_dataset("demo").images[:1000]
     return torch.nn.functional.avg_pool2d(cells.float(), 2).round().to(torch.uint8)
 
 

@@ -17,8 +17,8 @@ from tensorboard.compat.proto.tensor_pb2 import TensorProto
 
 from evaluation import make_googlenet_extractor as script
 from evaluation.features import load_extractor
-from evaluation.make_demo_extractor import draw
 from evaluation.make_googlenet_extractor import Convolution, GoogLeNet, build, make, read_graph
+from utils import load_dataset
 
 MEASURED_WITH = "0b7f4736f7293ca46d4fd63fd57871af4dc51f904da6d1945f39089587e10dc3"
 
@@ -280,7 +280,7 @@ def test_a_file_is_kept_only_with_the_known_features(
     assert not list(out.parent.iterdir())
 
     with torch.inference_mode():
-        known = random_model(draw(1, 0)[0][:3]).unflatten(1, (8, 128)).mean(2)
+        known = random_model(load_dataset("demo").images[:3]).unflatten(1, (8, 128)).mean(2)
     monkeypatch.setattr(script, "KNOWN", tuple(map(tuple, known.tolist())))
     assert make(random_graph, out) == hashlib.sha256(out.read_bytes()).hexdigest()
     assert [path.name for path in out.parent.iterdir()] == ["googlenet-1024.pt"]
@@ -387,5 +387,5 @@ def test_made_extractor_has_the_features_of_the_measured_one(tmp_path):
             known, found = (extractor(images) for extractor in extractors)
         torch.testing.assert_close(found, known, rtol=1e-4, atol=1e-5)
     with torch.inference_mode():
-        known, found = (extractor(draw(1, 1)[0]) for extractor in extractors)
+        known, found = (extractor(load_dataset("demo").images[3:11]) for extractor in extractors)
     torch.testing.assert_close(found, known, rtol=1e-4, atol=1e-5)

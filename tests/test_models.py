@@ -305,6 +305,7 @@ def test_sizes_in_parameters(name):
         ("cvae", {"lr": 0}, ("lr", "above 0")),
         ("cvae", {"lr": math.nan}, ("lr", "finite")),
         ("cvae", {"kl_weight": math.inf}, ("kl_weight", "finite")),
+        ("cvae", {"kl_weight": -1.0}, ("kl_weight", "at least 0")),
         ("cvae", {"conditional": 1}, ("conditional", "bool")),
         ("cvae", {"channels": 32}, ("channels", "tuple")),
         ("cvae", {"channels": ()}, ("channels", "whole numbers")),

@@ -19,6 +19,7 @@ from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
+from torch.optim import Adam
 
 from custom_models import MODELS
 from custom_models.drawing import as_kept, load_model
@@ -94,6 +95,28 @@ def trained(make) -> GenerativePipeline:
     pipeline = make()
     pipeline.train()
     return pipeline
+
+
+@pytest.mark.parametrize("name", ["cvae", "dcgan"])
+def test_an_interrupted_call_can_be_made_again(name, make, monkeypatch):
+    """In a notebook: a cell that was stopped in the middle of an update, and run again."""
+    whole, stopped = make(name, out="whole"), make(name, out="stopped")
+    whole.train()
+    steps, step = 3 * whole.steps_per_epoch // 2, Adam.step
+
+    def interrupt(optimizer, *arguments):
+        nonlocal steps
+        steps -= 1
+        if not steps:
+            raise KeyboardInterrupt
+        return step(optimizer, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Adam, "step", interrupt)
+        stopped.train()
+    stopped.train()
+    assert stopped.step == stopped.total_steps and stopped.history == whole.history
+    assert not differences(stopped.model.state_dict(), whole.model.state_dict())
 
 
 def differences(a, b, where: str = "") -> list[str]:
@@ -1075,6 +1098,11 @@ def test_the_budget_tells_a_shortened_run_from_a_full_one(make):
     assert make(**changes, epochs=99).budget() == "reduced"
     small = {"name": "ddpm", "preset": "small", "epochs": 80}
     assert make(**small).budget() == "reduced"
+
+
+def test_only_models_with_samplers_have_them_measured(make, bad_input):
+    with bad_input("cvae quick has no samplers to choose from"):
+        make().measure_sampling([])
 
 
 def test_settings_of_the_sampler_are_measured_from_the_same_weights(make, monkeypatch):

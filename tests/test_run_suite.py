@@ -176,6 +176,13 @@ def test_kept_weights_are_measured_with_another_extractor(second, tiny_extractor
     table = (tmp_path / "other" / "results_quick.md").read_text()
     assert "FD (tiny-8)" in table and "dcgan" not in table
 
+    # Weights that lie there already may be of another training.
+    own = run_of(tmp_path / "other", "cvae") / "weights.pt"
+    own.write_bytes(b"another training")
+    done = suite(tmp_path / "other", *again, "--models", "cvae", options=QUICK)
+    assert f"{own} holds the weights of another training; choose another --out" in done.stderr
+    assert done.returncode == 1 and own.read_bytes() == b"another training"
+
     # Only what is asked for.
     done = suite(tmp_path / "one", *again, "--models", "cvae", options=QUICK)
     assert done.returncode == 0, done.stderr

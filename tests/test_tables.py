@@ -1,11 +1,13 @@
 """Tables from records: means, refusals, files."""
 
 import csv
+import dataclasses
 import json
 import math
 
 import pytest
 
+from custom_models import make_config
 from evaluation.protocol import Protocol
 from evaluation.tables import (
     COLUMNS,
@@ -359,6 +361,22 @@ def test_the_floor_is_that_of_the_record_that_knows_most():
     assert floor_of(records) is new
 
 
+def test_settings_that_are_not_the_presets_are_told(tmp_path):
+    as_stored = {
+        name: json.loads(json.dumps(dataclasses.asdict(make_config(name, "best"))))
+        for name in ("cvae", "ddpm")
+    }
+    usual = record(0, config=as_stored["ddpm"] | {"image_size": 64})  # the data decides the size
+    other = record(0, model="cvae", config=as_stored["cvae"] | {"lr": 0.5})
+    rows = results_table([usual, other])
+    words = f"lr 0.5 instead of {as_stored['cvae']['lr']}"
+    assert {row["model"]: row["settings"] for row in rows} == {"ddpm": "", "cvae": words}
+    write_table(rows, tmp_path, "t")
+    text = (tmp_path / "t.md").read_text()
+    assert text.count("not run as its preset is") == 1
+    assert f"cvae best was not run as its preset is: {words}." in text
+
+
 def test_how_images_were_stored_is_a_column_where_it_differs(tmp_path):
     old = record(0, 60.0, config={"jpeg_quality": 75})
     ours = record(0, 50.0, model="dcgan", config={"jpeg_quality": 75, "jpeg_chroma": "dct"})
@@ -389,7 +407,7 @@ def test_trainings_on_two_devices_are_told(tmp_path):
     gpu = record(1, device="NVIDIA H200", precision="bfloat16")
     write_table(results_table([record(0), gpu]), tmp_path, "t")
     text = (tmp_path / "t.md").read_text()
-    assert "same device: NVIDIA H200 in bfloat16; cpu in float32." in text
+    assert "same precision: NVIDIA H200 in bfloat16; cpu in float32." in text
     write_table(results_table([record(0), record(1)]), tmp_path, "t")
     assert "same device" not in (tmp_path / "t.md").read_text()
 

@@ -3,6 +3,7 @@
 import csv
 import errno
 import io
+import json
 import os
 import resource
 import shutil
@@ -626,19 +627,39 @@ def test_real_duplicates_are_those_of_the_files(real_data_root, real_pbc):
 def test_demo_cells_have_disjoint_splits_with_all_classes():
     parts = {split: load_dataset("demo", None, 28, split) for split in SPLITS}
     assert [len(part) for part in parts.values()] == [1400, 200, 400]
+    assert torch.cat([part.labels for part in parts.values()]).bincount().tolist() == [250] * 8
     for part in parts.values():
         assert part.images.shape[1:] == (3, 28, 28) and part.images.dtype == torch.uint8
         assert part.labels.bincount(minlength=8).min() > 0
     assert find_duplicates(list(parts.values())) == []
 
 
-def test_demo_cells_depend_on_the_seed_alone():
-    images, labels = utils.draw_demo_cells(3, seed=1)
-    again, _ = utils.draw_demo_cells(3, seed=1)
-    other, _ = utils.draw_demo_cells(3, seed=2)
-    assert images.shape == (24, 28, 28, 3) and images.dtype == np.uint8
-    assert np.bincount(labels).tolist() == [3] * 8
-    assert np.array_equal(images, again) and not np.array_equal(images, other)
+def test_demo_cells_are_those_of_their_record_and_no_copies():
+    record = json.loads(utils.DEMO_FILE.with_suffix(".json").read_text())
+    images = torch.cat([load_dataset("demo", split=split).images for split in SPLITS])
+    assert record["file"] == utils.DEMO_FILE.name and record["sha256"] == utils.sha256_of(images)
+    assert utils.DEMO_FILE.stat().st_size <= 5e6
+    found = record["copies"]
+    assert (found["n_images"], found["n_train"], found["n_held_out"]) == (2000, 11959, 5133)
+    assert found["verdict"].startswith("no sign of copies")
+    assert found["pixels"]["identical"] == 0
+
+
+def test_no_demo_cell_is_a_real_one(real_data_root):
+    real = [load_dataset("bloodmnist", real_data_root, 28, split) for split in SPLITS]
+    demo = [load_dataset("demo", split=split) for split in SPLITS]
+    known = {image.numpy().tobytes() for part in real for image in part.images}
+    assert not any(image.numpy().tobytes() in known for part in demo for image in part.images)
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut short"])
+def test_a_damaged_file_of_demo_cells(damage, tmp_path, monkeypatch, bad_input):
+    path = tmp_path / "demo_cells.npz"
+    if damage == "cut short":
+        path.write_bytes(utils.DEMO_FILE.read_bytes()[:1000])
+    monkeypatch.setattr(utils, "DEMO_FILE", path)
+    with bad_input("demo_cells.npz", "get it anew"):
+        load_dataset("demo")
 
 
 def test_demo_cells_have_one_size(bad_input):
