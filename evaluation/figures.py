@@ -27,6 +27,15 @@ PER_CLASS = 8
 IN_ALL = 64
 
 
+def log_scale(axis, which: str, formatter="{x:,.9g}") -> None:
+    """Make "x" or "y" of an axis logarithmic, with marks at 1, 2 and 5 times powers of ten."""
+    getattr(axis, f"set_{which}scale")("log")
+    scale = getattr(axis, f"{which}axis")
+    scale.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    scale.set_major_formatter(formatter)
+    scale.set_minor_locator(NullLocator())
+
+
 def save(figure: Figure, path: str | Path) -> None:
     """Write the figure as a PNG, whole or not at all; equal figures give equal bytes."""
 
@@ -148,7 +157,7 @@ def loss_curves(history: list[dict]) -> Figure:
     epochs = [row["epoch"] for row in history]
     names = [name for name in history[0] if name != "epoch"]
     names += [name for name in history[-1] if name not in (*names, "epoch")]
-    groups = [[name for name in names if _kind(name) == kind] for kind in range(3)]
+    groups = [[name for name in names if _kind(name) == kind] for kind in range(4)]
     groups = [group for group in groups if group]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.6 * len(groups), 2.6), layout="constrained")
@@ -156,16 +165,20 @@ def loss_curves(history: list[dict]) -> Figure:
             for name in group:
                 points = [(row["epoch"], row[name]) for row in history if name in row]
                 marker = "o" if len(points) == 1 else None
-                label = name.replace("_", " ")
+                label = name.replace("_", " ").replace("kid", "KID")
                 axis.plot(*zip(*points), label=label, linewidth=1.2, marker=marker)
             axis.set_xlabel("epoch")
             axis.set_xlim(min(epochs), max(max(epochs), min(epochs) + 1))
             axis.legend(fontsize=7)
+            if group == ["validation_kid"]:
+                log_scale(axis, "y")
     return figure
 
 
 def _kind(name: str) -> int:
-    """Losses, discriminator outputs, and the rest don't share an axis."""
+    """Losses, discriminator outputs, the rest and the kernel distance don't share an axis."""
+    if name == "validation_kid":
+        return 3
     return 0 if "loss" in name or name == "reconstruction" else 1 if name.startswith("D(") else 2
 
 
@@ -244,10 +257,7 @@ def mistake_bars(record: dict, examples: dict[str, torch.Tensor] | None = None) 
         axis.axvspan(floor - spread, floor + spread, color="black", alpha=0.12, linewidth=0)
         axis.axvline(floor, color="black", linewidth=1, linestyle="--")
         if max(values) > 10 * floor:
-            axis.set_xscale("log")
-            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.xaxis.set_major_formatter(PLAIN)
-            axis.xaxis.set_minor_locator(NullLocator())
+            log_scale(axis, "x")
             axis.set_xlim(floor / 2, max(values) * 2.2)
         else:
             axis.set_xlim(0, max(values) * 1.2)
@@ -457,7 +467,8 @@ def ablations(rows: list[dict]) -> Figure:
 def quality_and_cost(records: list[dict], names: dict[str, str]) -> Figure:
     """Fréchet distance against images seen, and against seconds of training: a dot a training.
 
-    names: titles of the models. Filled dots are `best` presets. Seconds can be compared on one kind
+    names: titles of the models. Filled marks are `best` presets, and small stand-ins' are squares
+    and triangles. Seconds can be compared on one kind
     of device only: each gets a panel, and its threads are named.
     """
     machines = {}
@@ -480,18 +491,14 @@ def quality_and_cost(records: list[dict], names: dict[str, str]) -> Figure:
                 axis.plot(
                     [r[cost] for r in group],
                     [r["metrics"]["frechet_distance"] for r in group],
-                    "o",
+                    {"best_small": "s", "small": "^"}.get(preset, "o"),
                     color=colour,
-                    fillstyle="full" if preset == "best" else "none",
+                    fillstyle="full" if preset.startswith("best") else "none",
                     label=_run_title(group[0], names),
                 )
             axis.axhline(first["floor"]["frechet_distance"], color="black", lw=1, ls="--")
-            axis.set_xscale("log")
-            axis.set_yscale("log")
-            for scale in (axis.xaxis, axis.yaxis):
-                scale.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                scale.set_major_formatter(PLAIN)
-                scale.set_minor_locator(NullLocator())
+            for which in ("x", "y"):
+                log_scale(axis, which)
             axis.tick_params("x", labelsize=7)
             axis.set_xlabel(title)
         axes[0].set_ylabel(f"{first['distance_name']}; dashed: floor")
@@ -516,9 +523,13 @@ def validation_curves(
     """
     runs = sorted({(r["model"], r["preset"]) for r in records}, key=str)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(3.2 * len(runs), 2.6), layout="constrained")
-        axes = figure.subplots(1, len(runs), squeeze=False).flatten()
-        for axis, (model, preset) in zip(axes, runs, strict=True):
+        columns = min(3, len(runs))
+        rows = -(-len(runs) // columns)
+        figure = Figure(figsize=(3.4 * columns, 2.7 * rows), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
+        for axis in axes[len(runs) :]:
+            axis.remove()
+        for axis, (model, preset) in zip(axes, runs):
             group = [r for r in records if (r["model"], r["preset"]) == (model, preset)]
             for record in group:
                 rows = [row for row in record["history"] if "validation_kid" in row]
@@ -538,16 +549,12 @@ def validation_curves(
                 axis.plot(seen, values, "o", label=f"{ends[0]['preset']}, to train", **style)
             axis.set_title(_run_title(group[0], names))
             axis.set_xlabel("thousand images seen")
-            axis.set_xscale("log")
-            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:,.0f}")
-            axis.xaxis.set_minor_locator(NullLocator())
-            axis.set_yscale("log")
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-            axis.yaxis.set_minor_locator(NullLocator())
+            log_scale(axis, "x", lambda x, _: f"{x / 1000:,.0f}")
+            log_scale(axis, "y")
+            axis.tick_params("both", labelbottom=True, labelleft=True, labelsize=8)
             axis.legend(fontsize=7)
-        axes[0].set_ylabel("KID to the validation split")
+        for axis in axes[: len(runs) : columns]:
+            axis.set_ylabel("KID to the validation split")
     return figure
 
 
@@ -570,10 +577,7 @@ def sampling_quality(rows: list[dict]) -> Figure:
         _with_errors(right, scales, "guidance_scale", None)
         for axis, cost in ((left, "evaluations"), (right, "guidance_scale")):
             axis.plot(own[cost], own["kid"], "o", ms=11, color="black", fillstyle="none")
-            axis.set_yscale("log")
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-            axis.yaxis.set_minor_locator(NullLocator())
+            log_scale(axis, "y")
         left.set_xscale("log", base=2)
         left.xaxis.set_major_formatter(PLAIN)
         left.set_xlabel("evaluations of the network for one image")
