@@ -168,6 +168,7 @@ def loss_curves(history: list[dict]) -> Figure:
                 label = name.replace("_", " ").replace("kid", "KID")
                 axis.plot(*zip(*points), label=label, linewidth=1.2, marker=marker)
             axis.set_xlabel("epoch")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.set_xlim(min(epochs), max(max(epochs), min(epochs) + 1))
             axis.legend(fontsize=7)
             if group == ["validation_kid"]:
