@@ -273,7 +273,7 @@ def parse_sampling(arguments: list[str]) -> argparse.Namespace:
         dest="classes",
         action="append",
         metavar="NAME",
-        help="to draw; may be given again (default: all)",
+        help="to draw, as the model names it or PBC (ig); may be given again (default: all)",
     )
     parser.add_argument("--n", type=int, metavar="N", help="images of each class (64)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (0)")

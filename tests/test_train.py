@@ -555,6 +555,28 @@ def test_images_of_the_classes_asked_for(trained, tmp_path, monkeypatch, capsys)
     capsys.readouterr()
 
 
+def test_the_grid_of_one_class_has_eight_rows_and_one_name(trained, tmp_path, monkeypatch):
+    """The class under the name of its folder in PBC."""
+    weights = trained["cvae"].weights_path
+    asked = ("--class", "ig", "--class", "immature granulocyte", "--n", "65")
+    assert draw(monkeypatch, weights, tmp_path / "a", *asked) == 0
+    names = {f"immature granulocyte_{i:04d}.png" for i in range(65)}
+    assert read(tmp_path / "a").keys() == {*names, "grid.png"}
+    grid = np.asarray(Image.open(tmp_path / "a" / "grid.png"))
+    side = 2 * 29  # enlarged, with the line between
+    assert len(grid) == 8 * side + 2
+    margin = grid[:, : -8 * side - 2]
+    assert (margin[:side] < 128).any() and (margin[side:] == 255).all()
+    last = np.asarray(Image.open(tmp_path / "a" / "immature granulocyte_0063.png"))
+    assert np.array_equal(grid[-side:-2:2, -side:-2:2], last)
+
+    assert draw(monkeypatch, weights, tmp_path / "b", "--class", "ig", "--n", "9") == 0
+    assert Image.open(tmp_path / "b" / "grid.png").size == (grid.shape[1], 2 * side + 2)
+    both = ("--class", "ig", "--class", "platelet", "--n", "9")
+    assert draw(monkeypatch, weights, tmp_path / "c", *both) == 0
+    assert Image.open(tmp_path / "c" / "grid.png").size == (grid.shape[1], 2 * side + 2)
+
+
 def test_all_classes_of_weights_that_name_none(trained, tmp_path, monkeypatch):
     """As they were written before they named the classes: those of blood cells."""
     state = torch.load(trained["cvae"].weights_path, weights_only=True)
