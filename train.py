@@ -11,13 +11,14 @@ Needs torch, numpy, matplotlib and Pillow alone, so that a bare GPU machine can 
 """
 
 import argparse
+import itertools
 import re
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from custom_models import MODELS, make_config
-from custom_models.config import help_texts
+from custom_models.config import ModelConfig, help_texts
 from custom_models.drawing import fill_up, load_model, write_samples
 from generative_pipeline import RESULTS, GenerativePipeline, run_folder
 from utils import (
@@ -59,7 +60,8 @@ def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
     data.add_argument(
         "--data_dir",
         metavar="PATH",
-        help="folder or zip with one sub-folder of images for each class, such as PBC's",
+        help="folder or zip with one sub-folder of images for each class, such as PBC's; images "
+        "are cut to the middle square (PBC: 200 pixels) and resized bilinearly with antialiasing",
     )
     data.add_argument(
         "--dataset",
@@ -129,8 +131,10 @@ def parse_training(arguments: list[str]) -> tuple[argparse.Namespace, dict]:
     run.add_argument(
         "--compile", action="store_true", help="compile the networks (gains on CUDA only)"
     )
+    by_size = itertools.groupby(sorted(USUAL_SIZE, key=USUAL_SIZE.get), USUAL_SIZE.get)
+    usual = "; ".join(f"{', '.join(names)} {size}" for size, names in by_size)
     add_data_options(parser).add_argument(
-        "--image_size", type=int, metavar="N", help="in pixels (default: the data set's usual one)"
+        "--image_size", type=int, metavar="N", help=f"in pixels (default {usual})"
     )
     add_settings(parser, names.model, names.preset)
 
@@ -146,7 +150,9 @@ def parse_training(arguments: list[str]) -> tuple[argparse.Namespace, dict]:
 
 def add_settings(parser: argparse.ArgumentParser, model: str, preset: str) -> None:
     """An option for each field of the preset's config; one that is not given is left out."""
-    group = parser.add_argument_group(f"settings of {model} {preset}")
+    training = parser.add_argument_group("training of every model")
+    own = parser.add_argument_group(f"settings of {model} {preset}")
+    of_every_model = {field.name for field in fields(ModelConfig)}
     config = make_config(model, preset)
     texts = help_texts(config)
     for name, value in asdict(config).items():
@@ -155,7 +161,7 @@ def add_settings(parser: argparse.ArgumentParser, model: str, preset: str) -> No
         kind = type(value)
         names = [name, PUBLISHED_NAMES[name]] if name in PUBLISHED_NAMES else [name]
         shown = ",".join(map(str, value)) if kind is tuple else str(value).lower()
-        group.add_argument(
+        (training if name in of_every_model else own).add_argument(
             *(f"--{option}" for option in names),
             dest=name,
             type={bool: true_or_false, tuple: whole_numbers}.get(kind, kind),

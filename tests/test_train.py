@@ -24,11 +24,11 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from custom_models import MODELS, make_config
-from custom_models.config import help_texts
+from custom_models.config import ModelConfig, help_texts
 from custom_models.drawing import labelled_grid
 from generative_pipeline import RESULTS, GenerativePipeline, pick_precision
 from train import FROM_DATA, PUBLISHED_NAMES, default_folder, parse_training
-from utils import BLOOD_CLASSES, PBC_FOLDER
+from utils import BLOOD_CLASSES, PBC_FOLDER, USUAL_SIZE
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--epochs", "1", "--channels", "8,16", "--batch-size", "32"]
@@ -274,7 +274,7 @@ def test_help_names_every_setting_what_it_means_and_its_default(model, preset, m
         parse_training(["--model", model, "--preset", preset, "--help"])
     lines = re.sub(r"\n {10,}", "  ", capsys.readouterr().out).splitlines()
     config, texts = make_config(model, preset), help_texts(make_config(model, preset))
-    assert end.value.code == 0 and f"settings of {model} {preset}:" in lines
+    assert end.value.code == 0
     for name, value in dataclasses.asdict(config).items():
         found = [line for line in lines if line.lstrip().startswith(f"--{name} ")]
         if name in FROM_DATA[1:]:
@@ -282,9 +282,15 @@ def test_help_names_every_setting_what_it_means_and_its_default(model, preset, m
             continue
         assert len(found) == 1
         assert len(texts[name].split()) >= 2 and "TODO" not in texts[name]
-        if name != "image_size":
-            shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
-            assert f"{texts[name]} (default {shown})" in found[0]
+        if name == "image_size":
+            for data, size in USUAL_SIZE.items():
+                assert re.search(rf"\b{data}\b[^;]* {size}\b", found[0])
+            continue
+        shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
+        assert f"{texts[name]} (default {shown})" in found[0]
+        above = [line for line in lines[: lines.index(found[0])] if re.match(r"\w.*:$", line)]
+        own = f"settings of {model} {preset}:"
+        assert above[-1] == ("training of every model:" if hasattr(ModelConfig, name) else own)
 
 
 def test_options_take_every_type_and_published_names_mean_the_same():
