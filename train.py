@@ -30,6 +30,8 @@ from utils import (
     load_dataset,
     pick_device,
     recognise_data_dir,
+    split_list,
+    write_text,
 )
 
 # Settings under the names that a published command line of cwgan_gp gives them.
@@ -247,7 +249,12 @@ def train(arguments: list[str]) -> None:
     except InputError as error:
         raise InputError(f"{error}; `--extractor demo` needs no file and no download") from None
     if options.per_class or not pipeline.finished_record():
+        # Made before the training, during which files may change, but written after it: a folder
+        # that is refused keeps the list of its own run.
+        listed = split_list(dataset, root) if dataset in ("folder", "pbc") else None
         pipeline.train()  # a finished one only loads its weights
+        if listed:
+            write_text(pipeline.out / "real_images.csv", listed)
     metrics = pipeline.evaluate()["metrics"]
     distance = metrics["frechet_distance"]
     first = "" if distance is None else f"{metrics['distance_name']} {distance:.1f}, "

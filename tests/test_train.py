@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import cells
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -28,7 +30,7 @@ from custom_models.config import ModelConfig, help_texts
 from custom_models.drawing import labelled_grid
 from generative_pipeline import RESULTS, GenerativePipeline, pick_precision
 from train import FROM_DATA, PUBLISHED_NAMES, default_folder, parse_training
-from utils import BLOOD_CLASSES, PBC_FOLDER, USUAL_SIZE
+from utils import BLOOD_CLASSES, PBC_CLASSES, PBC_FOLDER, USUAL_SIZE, split_list
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--epochs", "1", "--channels", "8,16", "--batch-size", "32"]
@@ -372,7 +374,9 @@ def test_bfloat16_on_a_cpu_takes_instructions_of_its_own(command, tmp_path, monk
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
-def test_the_published_command_line(kind, tiny_extractor, tmp_path, request, monkeypatch, capsys):
+def test_the_published_command_line(
+    kind, tiny_extractor, pbc_split, tmp_path, request, monkeypatch, capsys
+):
     data = request.getfixturevalue(f"pbc_{kind}") / PBC_FOLDER
     monkeypatch.setenv("EXTRACTOR", str(tiny_extractor))
     monkeypatch.setenv("CACHE_ROOT", str(tmp_path / "cache"))
@@ -411,8 +415,38 @@ def test_the_published_command_line(kind, tiny_extractor, tmp_path, request, mon
     assert record["dataset"]["name"] == "PBC" and record["dataset"]["n"] == 16
     assert (kept / "checkpoint.pt" if kind == "zip" else kept).is_file()
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
+    with open(tmp_path / "run" / "real_images.csv", newline="") as file:
+        listed = {line["file"]: (line["class"], line["split"]) for line in csv.DictReader(file)}
+    own_name = dict(zip(PBC_CLASSES, BLOOD_CLASSES))
+    assert listed == {
+        line["file"]: (own_name[line["file"].split("/")[0]], line["split"]) for line in pbc_split
+    }
     assert list((tmp_path / "log").glob("events.*"))
     assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+def test_the_list_of_test_images_is_that_of_the_training(tmp_path, monkeypatch, capsys):
+    """Written with the weights: a run that is refused must not name the training images anew."""
+    images = cells(np.repeat([0, 7], 20), 28, 0)
+    for row, image in enumerate(images):
+        path = tmp_path / "cells" / "ab"[row // 20] / f"{row}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoint.pt").write_bytes(b"cut short")
+    command = ["train.py", f"--data_dir={tmp_path / 'cells'}", f"--out={run}", "--device=cpu"]
+    command += ["--extractor=demo", "--image_size=28", "--batch_size=2", "--base_channels=2"]
+    assert run_here(command, monkeypatch) == 2
+    assert "checkpoint.pt is broken" in capsys.readouterr().err
+    assert os.listdir(run) == ["checkpoint.pt"]
+
+    monkeypatch.setattr(GenerativePipeline, "train", lambda self: shutil.rmtree(tmp_path / "cells"))
+    monkeypatch.setattr(GenerativePipeline, "evaluate", lambda self: sys.exit(9))
+    expected = split_list("folder", tmp_path / "cells")
+    assert len(expected.splitlines()) == 41
+    assert run_here(command, monkeypatch) == 9
+    assert (run / "real_images.csv").read_text() == expected
 
 
 def train_until_killed(arguments: dict) -> None:
