@@ -11,13 +11,14 @@ Needs torch, numpy, matplotlib and Pillow alone, so that a bare GPU machine can 
 """
 
 import argparse
+import itertools
 import re
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from custom_models import MODELS, make_config
-from custom_models.config import help_texts
+from custom_models.config import ModelConfig, help_texts
 from custom_models.drawing import fill_up, load_model, write_samples
 from generative_pipeline import RESULTS, GenerativePipeline, run_folder
 from utils import (
@@ -29,6 +30,8 @@ from utils import (
     load_dataset,
     pick_device,
     recognise_data_dir,
+    split_list,
+    write_text,
 )
 
 # Settings under the names that a published command line of cwgan_gp gives them.
@@ -59,7 +62,8 @@ def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
     data.add_argument(
         "--data_dir",
         metavar="PATH",
-        help="folder or zip with one sub-folder of images for each class, such as PBC's",
+        help="folder or zip with one sub-folder of images for each class, such as PBC's; images "
+        "are cut to the middle square (PBC: 200 pixels) and resized bilinearly with antialiasing",
     )
     data.add_argument(
         "--dataset",
@@ -129,8 +133,10 @@ def parse_training(arguments: list[str]) -> tuple[argparse.Namespace, dict]:
     run.add_argument(
         "--compile", action="store_true", help="compile the networks (gains on CUDA only)"
     )
+    by_size = itertools.groupby(sorted(USUAL_SIZE, key=USUAL_SIZE.get), USUAL_SIZE.get)
+    usual = "; ".join(f"{', '.join(names)} {size}" for size, names in by_size)
     add_data_options(parser).add_argument(
-        "--image_size", type=int, metavar="N", help="in pixels (default: the data set's usual one)"
+        "--image_size", type=int, metavar="N", help=f"in pixels (default {usual})"
     )
     add_settings(parser, names.model, names.preset)
 
@@ -146,7 +152,9 @@ def parse_training(arguments: list[str]) -> tuple[argparse.Namespace, dict]:
 
 def add_settings(parser: argparse.ArgumentParser, model: str, preset: str) -> None:
     """An option for each field of the preset's config; one that is not given is left out."""
-    group = parser.add_argument_group(f"settings of {model} {preset}")
+    training = parser.add_argument_group("training of every model")
+    own = parser.add_argument_group(f"settings of {model} {preset}")
+    of_every_model = {field.name for field in fields(ModelConfig)}
     config = make_config(model, preset)
     texts = help_texts(config)
     for name, value in asdict(config).items():
@@ -155,7 +163,7 @@ def add_settings(parser: argparse.ArgumentParser, model: str, preset: str) -> No
         kind = type(value)
         names = [name, PUBLISHED_NAMES[name]] if name in PUBLISHED_NAMES else [name]
         shown = ",".join(map(str, value)) if kind is tuple else str(value).lower()
-        group.add_argument(
+        (training if name in of_every_model else own).add_argument(
             *(f"--{option}" for option in names),
             dest=name,
             type={bool: true_or_false, tuple: whole_numbers}.get(kind, kind),
@@ -241,7 +249,12 @@ def train(arguments: list[str]) -> None:
     except InputError as error:
         raise InputError(f"{error}; `--extractor demo` needs no file and no download") from None
     if options.per_class or not pipeline.finished_record():
+        # Made before the training, during which files may change, but written after it: a folder
+        # that is refused keeps the list of its own run.
+        listed = split_list(dataset, root) if dataset in ("folder", "pbc") else None
         pipeline.train()  # a finished one only loads its weights
+        if listed:
+            write_text(pipeline.out / "real_images.csv", listed)
     metrics = pipeline.evaluate()["metrics"]
     distance = metrics["frechet_distance"]
     first = "" if distance is None else f"{metrics['distance_name']} {distance:.1f}, "
@@ -273,7 +286,7 @@ def parse_sampling(arguments: list[str]) -> argparse.Namespace:
         dest="classes",
         action="append",
         metavar="NAME",
-        help="to draw; may be given again (default: all)",
+        help="to draw, as the model names it or PBC (ig); may be given again (default: all)",
     )
     parser.add_argument("--n", type=int, metavar="N", help="images of each class (64)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (0)")

@@ -310,6 +310,29 @@ def recognise_data_dir(path: str | Path) -> tuple[str, Path]:
     return "pbc" if set(classes) == set(PBC_CLASSES) and mostly_pbc else "folder", path
 
 
+def split_list(dataset: str, root: str | Path | None = None) -> str:
+    """The file, class and split of every image of `folder` or `pbc`, as CSV.
+
+    root: as in `load_dataset`, which has the images of a split in the same order. A generator has
+    learned from the train split, so no classifier that it helps may be tested on that. Raises
+    InputError as `load_dataset` does.
+    """
+    root = data_folder(root)
+    if dataset == "pbc":
+        source = find_pbc(root)
+        names, _ = list_pbc(source)
+        labels, classes = _pbc_labels(names), BLOOD_CLASSES
+        parts = split_pbc(source.with_name("pbc_split.csv"), names)
+    else:
+        names, labels, classes, parts = split_folder(root)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("file", "class", "split"))
+    for split, rows in parts.items():
+        writer.writerows((names[row], classes[labels[row]], split) for row in rows)
+    return text.getvalue()
+
+
 # What numpy and zipfile raise for a file that is cut short, damaged or of another kind.
 BROKEN_ARCHIVE = (OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError)
 
@@ -829,8 +852,11 @@ def _load_pbc(root: Path, size: int, split: str):
     # Before the long resize: it may be wrong.
     rows = split_pbc(source.with_name("pbc_split.csv"), names)[split]
     images = _cached("pbc", fingerprint, size, lambda: resize_pbc(source, names, size))
-    labels = np.array([PBC_CLASSES.index(names[row].split("/")[0]) for row in rows])
-    return "PBC", images[rows], labels, BLOOD_CLASSES
+    return "PBC", images[rows], _pbc_labels(names)[rows], BLOOD_CLASSES
+
+
+def _pbc_labels(names: list[str]) -> np.ndarray:
+    return np.array([PBC_CLASSES.index(name.split("/")[0]) for name in names])
 
 
 def find_pbc(root: Path) -> Path:
@@ -907,8 +933,7 @@ def split_pbc(path: Path, names: list[str]) -> dict[str, list[int]]:
         if empty := [split for split in SPLITS if not parts[split]]:
             raise InputError(f"{path} lists no file of {', '.join(empty)}; get it anew")
         return {split: [row for _, row in sorted(rows)] for split, rows in parts.items()}
-    labels = np.array([PBC_CLASSES.index(name.split("/")[0]) for name in names])
-    return split_by_class(path.parent, labels, PBC_CLASSES)
+    return split_by_class(path.parent, _pbc_labels(names), PBC_CLASSES)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from custom_models import make_config
 from custom_models.config import stored_settings
 from utils import (
     BLOOD_CLASSES,
+    PBC_CLASSES,
     SYNTHETIC,
     ImageSet,
     InputError,
@@ -39,7 +40,7 @@ SAMPLE_BATCH = 128  # fixed, so that a seed gives the same images on every CPU
 GPU_PIXELS = 1024 * 28**2  # of a batch on a GPU, which smaller ones would leave idle
 # What a run's files hold of its identity beside the config.
 NOT_CONFIG = ("model", "preset", "seed", "dataset_sha256", "code_version")
-IN_GRID = 8  # of each class
+IN_GRID = 8  # of each class, and columns
 
 
 # ---------------------------------------------------------------------------------------------
@@ -276,28 +277,24 @@ def write_samples(
 ) -> None:
     """Write `n` images of each class (none named: of all), CLASS_0000.png …, and grid.png.
 
-    model, about: as `load_model` returns them. out: a folder that is new or empty. A model without
-    classes draws `n` images in all, image_0000.png …. A class's images do not depend on which
-    others are drawn. Raises InputError for classes that the model does not draw.
+    model, about: as `load_model` returns them. out: a folder that is new or empty. classes: names
+    of the model's or of PBC's sub-folders. A model without classes draws `n` images in all,
+    image_0000.png …. The grid shows eight images of each class, 64 of a single one. A class's
+    images do not depend on which others are drawn. Raises InputError for classes that the model
+    does not draw.
     """
-    what = f"{about['model']} {about['preset']}"
     if classes and not model.conditional:
-        raise InputError(f"{what} can't be asked for a class; leave --class out")
-    for name in classes:
-        if name not in about["classes"]:
-            raise InputError(
-                f"{what} draws no class {name!r}; it draws {', '.join(about['classes'])}"
-            )
+        raise InputError(
+            f"{about['model']} {about['preset']} can't be asked for a class; leave --class out"
+        )
+    names = _own_names(classes or about["classes"], about) if model.conditional else ["image"]
     if n < 1:
         raise InputError(f"--n must be at least 1, got {n}")
     _check_out(out)
 
     def fill(folder: Path) -> None:
-        if model.conditional:
-            names, shown = list(dict.fromkeys(classes or about["classes"])), IN_GRID
-        else:
-            names, shown = ["image"], IN_GRID**2
-        rows = []
+        shown = min(n, IN_GRID if len(names) > 1 else IN_GRID**2)
+        rows, row_names = [], []
         for name in names:
             if model.conditional:
                 noise = derive_seed(seed, f"samples of {name}")
@@ -307,7 +304,8 @@ def write_samples(
             for number, image in enumerate(images):
                 _save(image, folder / f"{_file_name(name)}_{number:04d}.png")
             rows.append(images[:shown])
-        row_names = names if model.conditional else []
+            if model.conditional:
+                row_names += [name] + [""] * ((shown - 1) // IN_GRID)
         grid = labelled_grid(torch.cat(rows), row_names, min(n, IN_GRID))
         save_png(grid, folder / "grid.png")
 
@@ -390,6 +388,20 @@ def write_images(images: torch.Tensor, names: list[str], facts: dict, out: str |
         (folder / "images.json").write_text(text, encoding="utf-8")
 
     _write_folder(out, fill)
+
+
+def _own_names(classes: list[str], about: dict) -> list[str]:
+    """The model's names of these classes, which may have those of PBC's sub-folders, each once."""
+    of_pbc, names = dict(zip(PBC_CLASSES, BLOOD_CLASSES)), []
+    for name in classes:
+        own = name if name in about["classes"] else of_pbc.get(name)
+        if own not in about["classes"]:
+            raise InputError(
+                f"{about['model']} {about['preset']} draws no class {name!r}; it draws "
+                f"{', '.join(about['classes'])}"
+            )
+        names.append(own)
+    return list(dict.fromkeys(names))
 
 
 def _draw_class(model: nn.Module, about: dict, name: str, n: int, seed: int) -> torch.Tensor:

@@ -40,6 +40,7 @@ from utils import (
     split_by_class,
     split_by_patient,
     split_folder,
+    split_list,
     to_rgb,
 )
 
@@ -313,6 +314,10 @@ def test_patients_of_a_folder_or_zip_stay_together(around, tmp_path):
     for split in SPLITS:
         part = load_dataset("folder", folder, 9, split)
         assert part.labels.tolist() == labels[parts[split]].tolist()
+    listed = [(names[i], classes[labels[i]], split) for split in SPLITS for i in parts[split]]
+    for source in (folder, packed):
+        lines = csv.reader(io.StringIO(split_list("folder", source)))
+        assert list(map(tuple, lines)) == [("file", "class", "split"), *listed]
 
 
 def test_a_list_of_patients_is_found_whatever_its_capitals_and_slashes(tmp_path):

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,15 +21,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import cells
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_datasets import write_digits
 
-from custom_models import MODELS, make_config
-from custom_models.config import help_texts
-from custom_models.drawing import labelled_grid
+import utils
+from custom_models import MODELS, drawing, make_config
+from custom_models.config import ModelConfig, help_texts
+from custom_models.drawing import derive_seed, labelled_grid, load_model
+from evaluation import agreement
 from generative_pipeline import RESULTS, GenerativePipeline, pick_precision
 from train import FROM_DATA, PUBLISHED_NAMES, default_folder, parse_training
-from utils import BLOOD_CLASSES, PBC_FOLDER
+from utils import BLOOD_CLASSES, PBC_CLASSES, PBC_FOLDER, USUAL_SIZE, split_list
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--epochs", "1", "--channels", "8,16", "--batch-size", "32"]
@@ -98,19 +103,41 @@ def test_classes_of_a_finished_run_are_measured_from_its_weights(command, tmp_pa
     assert (run / "per_class.json").read_bytes() == found
 
 
-@pytest.mark.parametrize("model", ["dcgan", "ddpm", "cwgan_gp", "cgan"])
+@pytest.mark.parametrize("model", ["dcgan", "ddpm", "cwgan_gp"])
 def test_every_model_runs_from_the_command_line(model, command, tmp_path, monkeypatch, capsys):
     settings = {
         "dcgan": ["--generator_channels=8,8,8,4", "--discriminator_channels=4,8,8,8"],
         "ddpm": ["--channels=8,8", "--sampler=ddim", "--sampling_steps=2"],
         "cwgan_gp": ["--base_channels=4", "--critic_steps=2"],
-        "cgan": ["--base_channels=4"],
     }[model]
     command = command[: command.index("--epochs")]
     small = ["--epochs=1", "--batch_size=16", *settings]
     assert run_here([*command, "--model", model, "--seed", "3", *small], monkeypatch) == 0
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert (record["model"], record["seed"]) == (model, 3)
+
+
+def test_the_cgan_learns_digits_and_draws_sevens(command, tmp_path, monkeypatch):
+    for part, n in (("train", 100), ("t10k", 30)):
+        write_digits(tmp_path, part, n, packed=False)
+    monkeypatch.setattr(agreement, "MOST_EPOCHS", 1)  # of the classifier that reads the digits
+    monkeypatch.setattr(GenerativePipeline, "_save_pictures", lambda *_: None)  # slow
+    command = command[: command.index("--epochs")]
+    small = ["--epochs=1", "--batch_size=16", "--base_channels=4"]
+    digits = ["--model=cgan", "--dataset=mnist", f"--data_root={tmp_path}"]
+    assert run_here([*command, *digits, *small], monkeypatch) == 0
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert (record["model"], record["dataset"]["name"]) == ("cgan", "MNIST")
+    assert (record["config"]["image_channels"], record["config"]["n_classes"]) == (1, 10)
+
+    weights, out = tmp_path / "run" / "weights.pt", tmp_path / "sevens"
+    assert draw(monkeypatch, weights, out, "--class", "7", "--n", "2") == 0
+    assert read(out).keys() == {"7_0000.png", "7_0001.png", "grid.png"}
+    sevens = torch.full((2,), 7)
+    expected = drawing.draw(load_model(weights)[0], sevens, derive_seed(0, "samples of 7"))
+    for number, (image,) in enumerate(expected):
+        found = np.asarray(Image.open(out / f"7_000{number}.png").convert("L"))
+        assert np.array_equal(found, image)
 
 
 BAD = {
@@ -162,10 +189,12 @@ def test_bad_input_ends_with_one_line_and_writes_nothing(
         (["a/0.png", "../b/1.png"], "leads outside the zip"),
         (["a/0.png", "b/"], "class sub-folder b is empty"),
         (["a/0.png"], "a has 1 image"),
+        ([f"a/{n}.png" for n in range(9)], "unpack it and name its folder"),
     ],
 )
 def test_bad_data_of_one_s_own_ends_with_one_line(names, words, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CACHE_ROOT", str(tmp_path / "cache"))
+    monkeypatch.setattr(utils, "LARGEST_ZIP", 50)  # bytes: nine of the files are too much
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         for name in names:
             archive.writestr(name, b"" if name.endswith("/") else b"no image")
@@ -274,7 +303,7 @@ def test_help_names_every_setting_what_it_means_and_its_default(model, preset, m
         parse_training(["--model", model, "--preset", preset, "--help"])
     lines = re.sub(r"\n {10,}", "  ", capsys.readouterr().out).splitlines()
     config, texts = make_config(model, preset), help_texts(make_config(model, preset))
-    assert end.value.code == 0 and f"settings of {model} {preset}:" in lines
+    assert end.value.code == 0
     for name, value in dataclasses.asdict(config).items():
         found = [line for line in lines if line.lstrip().startswith(f"--{name} ")]
         if name in FROM_DATA[1:]:
@@ -282,9 +311,15 @@ def test_help_names_every_setting_what_it_means_and_its_default(model, preset, m
             continue
         assert len(found) == 1
         assert len(texts[name].split()) >= 2 and "TODO" not in texts[name]
-        if name != "image_size":
-            shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
-            assert f"{texts[name]} (default {shown})" in found[0]
+        if name == "image_size":
+            for data, size in USUAL_SIZE.items():
+                assert re.search(rf"\b{data}\b[^;]* {size}\b", found[0])
+            continue
+        shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
+        assert f"{texts[name]} (default {shown})" in found[0]
+        above = [line for line in lines[: lines.index(found[0])] if re.match(r"\w.*:$", line)]
+        own = f"settings of {model} {preset}:"
+        assert above[-1] == ("training of every model:" if hasattr(ModelConfig, name) else own)
 
 
 def test_options_take_every_type_and_published_names_mean_the_same():
@@ -366,7 +401,9 @@ def test_bfloat16_on_a_cpu_takes_instructions_of_its_own(command, tmp_path, monk
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
-def test_the_published_command_line(kind, tiny_extractor, tmp_path, request, monkeypatch, capsys):
+def test_the_published_command_line(
+    kind, tiny_extractor, pbc_split, tmp_path, request, monkeypatch, capsys
+):
     data = request.getfixturevalue(f"pbc_{kind}") / PBC_FOLDER
     monkeypatch.setenv("EXTRACTOR", str(tiny_extractor))
     monkeypatch.setenv("CACHE_ROOT", str(tmp_path / "cache"))
@@ -405,8 +442,38 @@ def test_the_published_command_line(kind, tiny_extractor, tmp_path, request, mon
     assert record["dataset"]["name"] == "PBC" and record["dataset"]["n"] == 16
     assert (kept / "checkpoint.pt" if kind == "zip" else kept).is_file()
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
+    with open(tmp_path / "run" / "real_images.csv", newline="") as file:
+        listed = {line["file"]: (line["class"], line["split"]) for line in csv.DictReader(file)}
+    own_name = dict(zip(PBC_CLASSES, BLOOD_CLASSES))
+    assert listed == {
+        line["file"]: (own_name[line["file"].split("/")[0]], line["split"]) for line in pbc_split
+    }
     assert list((tmp_path / "log").glob("events.*"))
     assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+def test_the_list_of_test_images_is_that_of_the_training(tmp_path, monkeypatch, capsys):
+    """Written with the weights: a run that is refused must not name the training images anew."""
+    images = cells(np.repeat([0, 7], 20), 28, 0)
+    for row, image in enumerate(images):
+        path = tmp_path / "cells" / "ab"[row // 20] / f"{row}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoint.pt").write_bytes(b"cut short")
+    command = ["train.py", f"--data_dir={tmp_path / 'cells'}", f"--out={run}", "--device=cpu"]
+    command += ["--extractor=demo", "--image_size=28", "--batch_size=2", "--base_channels=2"]
+    assert run_here(command, monkeypatch) == 2
+    assert "checkpoint.pt is broken" in capsys.readouterr().err
+    assert os.listdir(run) == ["checkpoint.pt"]
+
+    monkeypatch.setattr(GenerativePipeline, "train", lambda self: shutil.rmtree(tmp_path / "cells"))
+    monkeypatch.setattr(GenerativePipeline, "evaluate", lambda self: sys.exit(9))
+    expected = split_list("folder", tmp_path / "cells")
+    assert len(expected.splitlines()) == 41
+    assert run_here(command, monkeypatch) == 9
+    assert (run / "real_images.csv").read_text() == expected
 
 
 def train_until_killed(arguments: dict) -> None:
@@ -553,6 +620,28 @@ def test_images_of_the_classes_asked_for(trained, tmp_path, monkeypatch, capsys)
     for name in names[:3]:
         assert files[name] == read(tmp_path / "b")[name] != read(tmp_path / "c")[name]
     capsys.readouterr()
+
+
+def test_the_grid_of_one_class_has_eight_rows_and_one_name(trained, tmp_path, monkeypatch):
+    """The class under the name of its folder in PBC."""
+    weights = trained["cvae"].weights_path
+    asked = ("--class", "ig", "--class", "immature granulocyte", "--n", "65")
+    assert draw(monkeypatch, weights, tmp_path / "a", *asked) == 0
+    names = {f"immature granulocyte_{i:04d}.png" for i in range(65)}
+    assert read(tmp_path / "a").keys() == {*names, "grid.png"}
+    grid = np.asarray(Image.open(tmp_path / "a" / "grid.png"))
+    side = 2 * 29  # enlarged, with the line between
+    assert len(grid) == 8 * side + 2
+    margin = grid[:, : -8 * side - 2]
+    assert (margin[:side] < 128).any() and (margin[side:] == 255).all()
+    last = np.asarray(Image.open(tmp_path / "a" / "immature granulocyte_0063.png"))
+    assert np.array_equal(grid[-side:-2:2, -side:-2:2], last)
+
+    assert draw(monkeypatch, weights, tmp_path / "b", "--class", "ig", "--n", "9") == 0
+    assert Image.open(tmp_path / "b" / "grid.png").size == (grid.shape[1], 2 * side + 2)
+    both = ("--class", "ig", "--class", "platelet", "--n", "9")
+    assert draw(monkeypatch, weights, tmp_path / "c", *both) == 0
+    assert Image.open(tmp_path / "c" / "grid.png").size == (grid.shape[1], 2 * side + 2)
 
 
 def test_all_classes_of_weights_that_name_none(trained, tmp_path, monkeypatch):
