@@ -83,7 +83,7 @@ class GenerativePipeline:
     checkpoint_path, log_dir: the checkpoint's file (or folder) and TensorBoard's folder, if not in
     `out`. checkpoint_seconds: at least so long between checkpoints, which are written at ends of
     epochs. compile: torch.compile the networks, but for those that a gradient penalty takes a
-    second derivative of; gains on CUDA only. Raises InputError for anything it can't work with.
+    second derivative of, for speed. Raises InputError for anything it can't work with.
     """
 
     def __init__(
@@ -767,6 +767,7 @@ class GenerativePipeline:
             "seconds": round(self.seconds, 1),
             "images_per_second": round(images_seen / self.seconds, 1),
             "precision": self.precision,
+            "compiled": self.compile,
             **describe_machine(self.device),
         }
 

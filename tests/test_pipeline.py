@@ -858,6 +858,7 @@ def test_the_record_says_all_that_a_table_needs(make):
     assert record["kept_step"] == pipeline.best["step"] in (5, 10)
     assert record["parameters"] == sum(p.numel() for p in pipeline.model.parameters())
     assert record["device"].startswith("CPU") and record["precision"] == "float32"
+    assert record["compiled"] is False
     assert record["threads"] == torch.get_num_threads()
     assert record["seconds"] >= 0 and record["measured"]["sampling_seconds"] >= 0
     assert record["measured"]["precision"] == "float32"
