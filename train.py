@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from custom_models import MODELS, make_config
-from custom_models.config import help_texts
+from custom_models.config import ModelConfig, help_texts
 from custom_models.drawing import fill_up, load_model, write_samples
 from generative_pipeline import RESULTS, GenerativePipeline, run_folder
 from utils import (
@@ -130,7 +130,10 @@ def parse_training(arguments: list[str]) -> tuple[argparse.Namespace, dict]:
         "--compile", action="store_true", help="compile the networks (gains on CUDA only)"
     )
     add_data_options(parser).add_argument(
-        "--image_size", type=int, metavar="N", help="in pixels (default: the data set's usual one)"
+        "--image_size",
+        type=int,
+        metavar="N",
+        help="in pixels (default: what the preset is made for, else the data set's usual size)",
     )
     add_settings(parser, names.model, names.preset)
 
@@ -189,6 +192,13 @@ def find_data(options: argparse.Namespace) -> tuple[str, str | Path | None]:
     return recognise_data_dir(options.data_dir)
 
 
+def usual_size(dataset: str, config: ModelConfig) -> int:
+    """Pixels where no size is asked for: what the preset is made for, else the data set's usual."""
+    if config.image_size != ModelConfig.image_size:
+        return config.image_size
+    return USUAL_SIZE.get(dataset.partition(":")[0], 28)
+
+
 def default_folder(
     dataset: str, root: str | Path | None, size: int, model: str, preset: str, seed: int
 ) -> Path:
@@ -207,10 +217,10 @@ def default_folder(
 def train(arguments: list[str]) -> None:
     options, settings = parse_training(arguments)
     dataset, root = find_data(options)
+    model, preset, seed = options.model, options.preset, options.seed
     size = options.image_size
     if size is None:
-        size = USUAL_SIZE.get(dataset.partition(":")[0], 28)
-    model, preset, seed = options.model, options.preset, options.seed
+        size = usual_size(dataset, make_config(model, preset))
     pipeline = GenerativePipeline(
         model,
         preset=preset,
