@@ -33,7 +33,7 @@ from utils import (
     write_text,
 )
 
-PRESETS, SEED = ("best", "best_small"), 0  # the first that is finished
+PRESETS, SEED = ("best", "best_64", "best_small"), 0  # the first that is finished
 LARGEST = 25_000_000  # bytes
 
 KINDS = {

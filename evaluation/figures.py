@@ -457,8 +457,8 @@ def ablations(rows: list[dict]) -> Figure:
 def quality_and_cost(records: list[dict], names: dict[str, str]) -> Figure:
     """Fréchet distance against images seen, and against seconds of training: a dot a training.
 
-    names: titles of the models. Filled dots are `best` presets. Seconds can be compared on one kind
-    of device only: each gets a panel, and its threads are named.
+    names: titles of the models. Filled dots are `best` presets at full length. Seconds can be
+    compared on one kind of device only: each gets a panel, and its threads are named.
     """
     machines = {}
     for record in records:
@@ -482,7 +482,7 @@ def quality_and_cost(records: list[dict], names: dict[str, str]) -> Figure:
                     [r["metrics"]["frechet_distance"] for r in group],
                     "o",
                     color=colour,
-                    fillstyle="full" if preset == "best" else "none",
+                    fillstyle="full" if preset in ("best", "best_64") else "none",
                     label=_run_title(group[0], names),
                 )
             axis.axhline(first["floor"]["frechet_distance"], color="black", lw=1, ls="--")
