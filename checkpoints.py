@@ -47,7 +47,7 @@ from utils import (
     write_text,
 )
 
-PRESETS, SEED = ("best", "best_small"), 0  # the first that is finished
+PRESETS, SEED = ("best", "best_64", "best_small"), 0  # the first that is finished
 LARGEST = 25_000_000  # bytes
 DEMO_CHECKPOINT = "results/checkpoints/ddpm-best_small.safetensors"
 DEMO_PER_CLASS = 250

@@ -136,7 +136,10 @@ def parse_training(arguments: list[str]) -> tuple[argparse.Namespace, dict]:
     by_size = itertools.groupby(sorted(USUAL_SIZE, key=USUAL_SIZE.get), USUAL_SIZE.get)
     usual = "; ".join(f"{', '.join(names)} {size}" for size, names in by_size)
     add_data_options(parser).add_argument(
-        "--image_size", type=int, metavar="N", help=f"in pixels (default {usual})"
+        "--image_size",
+        type=int,
+        metavar="N",
+        help=f"in pixels (default: what the preset is made for, else {usual})",
     )
     add_settings(parser, names.model, names.preset)
 
@@ -197,6 +200,13 @@ def find_data(options: argparse.Namespace) -> tuple[str, str | Path | None]:
     return recognise_data_dir(options.data_dir)
 
 
+def usual_size(dataset: str, config: ModelConfig) -> int:
+    """Pixels where no size is asked for: what the preset is made for, else the data set's usual."""
+    if config.image_size != ModelConfig.image_size:
+        return config.image_size
+    return USUAL_SIZE.get(dataset.partition(":")[0], 28)
+
+
 def default_folder(
     dataset: str, root: str | Path | None, size: int, model: str, preset: str, seed: int
 ) -> Path:
@@ -215,10 +225,10 @@ def default_folder(
 def train(arguments: list[str]) -> None:
     options, settings = parse_training(arguments)
     dataset, root = find_data(options)
+    model, preset, seed = options.model, options.preset, options.seed
     size = options.image_size
     if size is None:
-        size = USUAL_SIZE.get(dataset.partition(":")[0], 28)
-    model, preset, seed = options.model, options.preset, options.seed
+        size = usual_size(dataset, make_config(model, preset))
     pipeline = GenerativePipeline(
         model,
         preset=preset,

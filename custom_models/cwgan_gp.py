@@ -5,6 +5,7 @@ Osindero 2014), and spectral normalisation in the critic (Miyato et al. 2018).
 """
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,10 @@ class Config(ModelConfig):
     beta1_critic: float = 0.0  # of Adam: share of the past in the critic's mean gradient
     beta1_generator: float = 0.5  # the same for the generator
     beta2: float = 0.9  # of Adam: share of the past in the mean squared gradient, for both networks
+    patch_scores: bool = False  # score overlapping patches of an image, not the whole of it
+    even_classes: bool = False  # generate all classes equally often in training, not as the batch's
+    dcgan_weights: bool = True  # begin the generator with DCGAN's first weights, not PyTorch's own
+    LATER: ClassVar[dict] = {"patch_scores": False, "even_classes": False, "dcgan_weights": True}
     epochs: int = 120
 
     def __post_init__(self):
@@ -46,7 +51,10 @@ class Config(ModelConfig):
         return self.batch_size * self.critic_steps
 
     def networks(self) -> tuple["Generator", "Critic"]:
-        return Generator(self).apply(init_dcgan), Critic(self)
+        generator = Generator(self)
+        if self.dcgan_weights:
+            generator.apply(init_dcgan)
+        return generator, Critic(self)
 
     def build(self) -> "Model":
         return Model(self)
@@ -54,6 +62,16 @@ class Config(ModelConfig):
 
 PRESETS = {
     "baseline": Config(),
+    # As published for PBC (c-h-y-a-n, "Conditional WGAN-GP for Blood Cell Image Synthesis"), but
+    # for the classes of the images that the penalty mixes; 25,706,144 parameters.
+    "published": replace(
+        Config(),
+        image_size=128,
+        critic_steps=7,
+        patch_scores=True,
+        even_classes=True,
+        dcgan_weights=False,
+    ),
     "best": residual_cwgan_gp.Config(),
     "best_small": residual_cwgan_gp.SMALL,
     # Fewer critic updates, larger steps and a running mean of the weights, for two CPU cores: a
@@ -90,7 +108,10 @@ class Generator(nn.Module):
 
 
 class Critic(nn.Module):
-    """Images in [-1, 1] and labels [N] → scores [N], higher for real ones."""
+    """Images in [-1, 1] and labels [N] → scores [N], higher for real ones.
+
+    With `patch_scores`, of images of 64 or 128 pixels: [N, 3, 3].
+    """
 
     def __init__(self, config: Config):
         super().__init__()
@@ -105,7 +126,10 @@ class Critic(nn.Module):
             layers += [nn.InstanceNorm2d(width)] if level > 0 else []
             layers.append(nn.LeakyReLU(0.2))
             previous, size = width, size // 2
-        layers += [spectral_norm(nn.Conv2d(previous, 1, size, bias=False)), nn.Flatten(0)]
+        if config.patch_scores:
+            layers += [spectral_norm(nn.Conv2d(previous, 1, 2, bias=False)), nn.Flatten(0, 1)]
+        else:
+            layers += [spectral_norm(nn.Conv2d(previous, 1, size, bias=False)), nn.Flatten(0)]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -134,6 +158,16 @@ class Model(nn.Module):
     def latents(self, n: int, device: torch.device, generator=None) -> Tensor:
         return torch.randn(n, self.config.latent_dim, device=device, generator=generator)
 
+    def generate(self, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """G(z, class) for z ~ N(0, I); [-1, 1], [N, C, S, S]."""
+        return self.generator(self.latents(len(labels), labels.device, generator), labels)
+
+    def classes_to_generate(self, labels: Tensor) -> Tensor:
+        """Those of the real images, `labels`, or as many that are drawn evenly; int64 [N]."""
+        if self.config.even_classes:
+            return torch.randint_like(labels, self.config.n_classes)
+        return labels
+
     def training_step(self, images: Tensor, labels: Tensor, optimizers: dict) -> dict[str, Tensor]:
         """`critic_steps` critic updates on as many batches, then one of the generator.
 
@@ -142,19 +176,24 @@ class Model(nn.Module):
         steps = self.config.critic_steps
         logged = []
         for reals, classes in zip(images.chunk(steps), labels.chunk(steps), strict=True):
+            asked = self.classes_to_generate(classes)
             with torch.no_grad():
-                fakes = self.generator(self.latents(len(reals), reals.device), classes)
+                fakes = self.generate(asked)
             # Equation (3): E[f(G(z))] - E[f(x)] + λ E[(‖∇f(x̂)‖₂ - 1)²].
-            scores = self.critic(reals, classes).float(), self.critic(fakes, classes).float()
+            scores = self.critic(reals, classes).float(), self.critic(fakes, asked).float()
             wasserstein = scores[0].mean() - scores[1].mean()
+            if self.config.even_classes:  # x̂ has a class only if both its images are of it
+                with torch.no_grad():
+                    fakes = self.generate(classes)
             penalty = self.gradient_norm_penalty(reals, fakes, classes)
             loss_critic = -wasserstein + self.config.gradient_penalty * penalty
             update(optimizers["critic"], loss_critic)
             logged.append(torch.stack([loss_critic, wasserstein, penalty]).detach())
 
         self.critic.requires_grad_(False)
-        fakes = self.generator(self.latents(len(classes), reals.device), classes)
-        loss_generator = -self.critic(fakes, classes).float().mean()
+        asked = self.classes_to_generate(classes)
+        fakes = self.generate(asked)
+        loss_generator = -self.critic(fakes, asked).float().mean()
         update(optimizers["generator"], loss_generator)
         self.critic.requires_grad_(True)
 
@@ -170,7 +209,8 @@ class Model(nn.Module):
         """E[(‖∇f(x̂)‖₂ - 1)²] at x̂ on lines between real and generated images of one class.
 
         `labels` are those of the reals and those that the fakes were drawn for, so that the
-        mixture belongs to them too. Always float32: the second derivative does not bear less.
+        mixture belongs to them too. f is the sum of an image's scores where it has several.
+        Always float32: the second derivative does not bear less.
         """
         with torch.autocast(reals.device.type, enabled=False):
             weights = torch.rand(len(reals), 1, 1, 1, device=reals.device)
@@ -181,5 +221,5 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def sample(self, labels: Tensor, generator: torch.Generator) -> Tensor:
-        """G(z, class) for z ~ N(0, I); [-1, 1], [N, C, S, S]."""
-        return self.generator(self.latents(len(labels), labels.device, generator), labels)
+        """Images of these classes, [-1, 1], [N, C, S, S]."""
+        return self.generate(labels, generator)

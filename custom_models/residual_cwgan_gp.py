@@ -31,6 +31,7 @@ class Config(ModelConfig):
     jpeg_quality: int = 75  # of the data set's files, 1 to 100; 0: it was not stored as JPEG
     jpeg_chroma: str = "mean"  # how its files halve colours: mean or dct, as in `layers.JPEG`
     JPEG_ELSEWHERE: ClassVar[int] = 0  # jpeg_quality for data that was not stored as JPEG
+    even_classes: ClassVar[bool] = False  # in training images are generated of the batch's classes
     LATER: ClassVar[dict] = {"jpeg_chroma": "mean"}
     batch_size: int = 64
     epochs: int = 40

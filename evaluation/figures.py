@@ -468,9 +468,9 @@ def ablations(rows: list[dict]) -> Figure:
 def quality_and_cost(records: list[dict], names: dict[str, str]) -> Figure:
     """Fréchet distance against images seen, and against seconds of training: a dot a training.
 
-    names: titles of the models. Filled marks are `best` presets, and small stand-ins' are squares
-    and triangles. Seconds can be compared on one kind
-    of device only: each gets a panel, and its threads are named.
+    names: titles of the models. Filled marks are `best` presets; those of small stand-ins are squares
+    and triangles. Seconds can be compared on one kind of device only: each gets a panel, and its
+    threads are named.
     """
     machines = {}
     for record in records:

@@ -462,7 +462,8 @@ def test_every_finished_best_run_is_shipped(pipelines, tmp_path, monkeypatch, ca
 def test_a_stand_in_is_shipped_until_best_is_finished(tmp_path, monkeypatch):
     given = []
     monkeypatch.setattr(checkpoints, "ship", lambda run, *_: given.append(run) or Path(__file__))
-    runs = [run_folder(tmp_path, "ddpm", preset, 0) for preset in ("best_small", "best")]
+    presets = ("best_small", "best_64", "best")
+    runs = [run_folder(tmp_path, "ddpm", preset, 0) for preset in presets]
     for run in runs:  # the stand-in first
         run.mkdir(parents=True)
         for name in ("weights.pt", "record.json"):

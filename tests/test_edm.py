@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from custom_models import edm
+from custom_models import edm, make_config
 from custom_models.layers import JPEG
 
 # Small enough for a test, with every kind of layer of the full model.
@@ -133,10 +133,9 @@ def test_noise_levels_in_training_are_log_normal(monkeypatch):
 
 
 def test_presets_have_the_sizes_that_are_written_beside_them():
-    sizes = [
-        sum(p.numel() for p in config.build().parameters()) for config in (edm.Config(), edm.SMALL)
-    ]
-    assert sizes == [11_883_843, 1_096_771]
+    configs = edm.Config(), edm.BEST_64, edm.SMALL
+    sizes = [sum(p.numel() for p in config.build().parameters()) for config in configs]
+    assert sizes == [11_883_843, 11_451_299, 1_096_771] and max(sizes) < 12_000_000
 
 
 @pytest.mark.parametrize("size", [4, 7, 30])
@@ -147,21 +146,15 @@ def test_odd_sizes_and_grey_images_keep_their_form(size):
 
 
 def test_at_64_pixels_attention_is_at_16_and_8_alone():
-    config = dataclasses.replace(
-        edm.Config(),
-        image_size=64,
-        channels=(64, 96, 192, 192),
-        attention_from=2,
-        jpeg_quality=0,
-    )
-    model, sides = config.build(), set()
+    model, sides = make_config("ddpm", "best_64", jpeg_quality=0).build(), set()
     for module in model.modules():
         if isinstance(module, edm.Attention):
             module.register_forward_pre_hook(lambda _, inputs: sides.add(inputs[0].shape[2:]))
     images, labels = batch(1, 64)
     model.loss(images, labels, torch.zeros(1, 6)).backward()
     assert sides == {(16, 16), (8, 8)}
-    assert sum(p.numel() for p in model.parameters()) == 11_451_299
+    changed = {"image_size": 64, "channels": (64, 96, 192, 192), "attention_from": 2}
+    assert make_config("ddpm", "best_64") == make_config("ddpm", "best", **changed)
 
 
 def test_the_network_is_told_noise_class_and_augmentation():

@@ -40,11 +40,13 @@ def test_seconds_of_different_machines_share_no_panel():
         record("cvae", "baseline", "CPU (X)", 10, 50.0),
         record("cvae", "best", "CPU (X)", 20, 5.0),
         record("dcgan", "best", "GPU", 3, 7.0),
+        record("dcgan", "best_64", "GPU", 3, 8.0),
     ]
     all_runs, cpu, gpu = figures.quality_and_cost(records, NAMES).axes
-    assert len(dots(all_runs)) == 3
+    assert len(dots(all_runs)) == 4
     assert set(dots(cpu)) == {"CVAE baseline", "CVAE best"}
-    assert set(dots(gpu)) == {"DCGAN best"}
+    assert set(dots(gpu)) == {"DCGAN best", "DCGAN best_64"}
+    assert dots(gpu)["DCGAN best_64"].get_fillstyle() == "full"
     best = dots(cpu)["CVAE best"]
     assert (best.get_xdata()[0], best.get_ydata()[0]) == (20, 5.0)
     assert best.get_fillstyle() == "full"

@@ -30,6 +30,7 @@ TINY = {
         "ddpm": {"channels": (8, 16), "blocks": 1, "sampling_steps": 4},
         "cwgan_gp": {"generator_channels": (8, 8, 16), "critic_channels": (8, 8, 16)},
     },
+    "published": {"cwgan_gp": {"base_channels": 4, "critic_steps": 2, "image_size": 28}},
 }
 MODEL_NAMES = pytest.mark.parametrize("name", MODELS)
 EVERY_TINY = pytest.mark.parametrize("preset, name", [(p, n) for p in TINY for n in TINY[p]])
@@ -262,7 +263,6 @@ def test_ddpm_baseline_is_the_published_one():
 
 
 def test_settings_of_the_cwgan_gp_baseline():
-    # Published: seven critic updates, and a mean over nine patches in place of one score.
     model = build("cwgan_gp", "baseline")
     optimizers = model.optimizers()
     assert adam_settings(optimizers["critic"]) == (1e-4, (0.0, 0.9))
@@ -274,6 +274,41 @@ def test_settings_of_the_cwgan_gp_baseline():
     assert convolutions(model.generator)[0][0] == 100 + 100
     assert convolutions(model.critic)[0][0] == 3 + 1
     assert slopes(model.critic) == {0.2}
+
+
+def test_the_cwgan_gp_baseline_is_still_that_of_its_records():
+    """Numbers from before `published` came, whose settings it does not have."""
+    model = build("cwgan_gp", "baseline")
+    state = model.state_dict()
+    assert len(state) == 33
+    assert sum(v.double().abs().sum().item() for v in state.values()) == pytest.approx(34658.05465)
+    torch.manual_seed(1)
+    logged = model.training_step(*batch(20), model.optimizers())
+    expected = {"loss_critic": 1.99708, "loss_generator": 0.934153, "wasserstein": 0.285226}
+    for name, value in expected.items():
+        assert logged[name].item() == pytest.approx(value, rel=1e-4)
+
+
+def test_cwgan_gp_published_is_the_published_one():
+    with torch.device("meta"):  # shapes alone
+        model = build("cwgan_gp", "published")
+        images, labels = torch.zeros(2, 3, 128, 128), torch.zeros(2, dtype=torch.int64)
+        assert model.generator(torch.zeros(2, 100), labels).shape == images.shape
+        assert model.critic(images, labels).shape == (2, 3, 3)
+    assert sum(p.numel() for p in model.parameters()) == 25_706_144
+    widths = [(1024, 512), (512, 256), (256, 128), (128, 64), (64, 3)]
+    up = [(200, 1024, 4, 1), *((*pair, 4, 2) for pair in widths)]
+    assert convolutions(model.generator) == up
+    widths = [(4, 64), (64, 128), (128, 256), (256, 512), (512, 1024)]
+    down = [*((*pair, 4, 2) for pair in widths), (1024, 1, 2, 1)]
+    assert convolutions(model.critic) == down
+    assert nn.BatchNorm2d in types(model.generator) and nn.InstanceNorm2d in types(model.critic)
+    optimizers = model.optimizers()
+    assert adam_settings(optimizers["critic"]) == (1e-4, (0.0, 0.9))
+    assert adam_settings(optimizers["generator"]) == (1e-4, (0.5, 0.9))
+    config = model.config
+    assert (config.epochs, config.batch_size, config.critic_steps) == (120, 128, 7)
+    assert config.gradient_penalty == 10 and config.even_classes and not config.dcgan_weights
 
 
 @MODEL_NAMES
@@ -700,6 +735,53 @@ def test_every_image_is_judged_with_its_own_label_the_mixed_ones_too():
             assert torch.equal(shown, part) and len(images) == 8
     assert torch.equal(model.generator.asked[-1], parts[-1])
     assert logged["wasserstein"].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_published_generates_all_classes_evenly_and_mixes_images_of_one():
+    model = tiny("cwgan_gp", "published")
+    model.generator, model.critic = ClassAsValue(), Recorder()
+    labels = torch.zeros(1600, dtype=torch.int64)
+    model.training_step(class_images(labels), labels, model.optimizers())
+    kinds = ("real", "generated", "mixed", "real", "generated", "mixed", "generated")
+    for kind, (images, shown) in zip(kinds, model.critic.shown, strict=True):
+        assert len(images) == 800 and torch.allclose(images, class_images(shown))
+        if kind == "generated":
+            assert (shown.bincount(minlength=8) - 100).abs().max() < 50
+        else:
+            assert not shown.any()
+
+
+def test_published_begins_with_pytorchs_own_weights():
+    model = tiny("cwgan_gp", "published")
+    torch.manual_seed(0)
+    own = cwgan_gp.Generator(model.config).state_dict()
+    assert all(torch.equal(value, own[key]) for key, value in model.generator.state_dict().items())
+    dcgan_s = tiny("cwgan_gp", "published", dcgan_weights=True).generator.layers[0].weight
+    assert dcgan_s.std().item() == pytest.approx(0.02, rel=0.1)
+    assert model.generator.layers[0].weight.std() > 0.03
+
+
+class NinePatches(LinearCritic):
+    def forward(self, images, labels):
+        return super().forward(images, labels)[:, None, None].expand(-1, 3, 3)
+
+
+def test_the_penalty_is_on_the_slope_of_the_sum_of_patch_scores():
+    model = tiny("cwgan_gp", "published")
+    model.critic = NinePatches(0.5)
+    images, labels = batch(5)
+    penalty = model.gradient_norm_penalty(images, torch.randn_like(images), labels)
+    assert penalty.item() == pytest.approx((9 * 0.5 - 1) ** 2, rel=1e-3)
+
+
+def test_a_step_of_published_at_its_own_size_changes_every_weight():
+    model = build("cwgan_gp", "published", base_channels=2, critic_steps=2)
+    before = {key: value.clone() for key, value in model.named_parameters()}
+    logged = model.training_step(*batch(16, 128), model.optimizers())
+    assert all(value.ndim == 0 and value.isfinite() for value in logged.values())
+    for key, value in model.named_parameters():
+        assert value.isfinite().all() and not torch.equal(value, before[key]), key
+    assert model.eval().sample(torch.arange(3), noise()).shape == (3, 3, 128, 128)
 
 
 @pytest.mark.parametrize("critic_steps", [1, 5])

@@ -1191,6 +1191,9 @@ def test_settings_that_came_later_leave_the_identity_of_earlier_runs_as_it_was(m
     for model, preset, name, earlier, other in (
         ("cvae", "best", "jpeg_chroma", "mean", "dct"),
         ("ddpm", "baseline", "decay_images", 0, 1000),
+        ("cwgan_gp", "baseline", "patch_scores", False, True),
+        ("cwgan_gp", "baseline", "even_classes", False, True),
+        ("cwgan_gp", "baseline", "dcgan_weights", True, False),
     ):
         before, after = (make(model, preset=preset, **{name: v}) for v in (earlier, other))
         assert before.weights_key() != after.weights_key()

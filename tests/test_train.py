@@ -32,7 +32,7 @@ from custom_models.config import ModelConfig, help_texts
 from custom_models.drawing import derive_seed, labelled_grid, load_model
 from evaluation import agreement
 from generative_pipeline import RESULTS, GenerativePipeline, pick_precision
-from train import FROM_DATA, PUBLISHED_NAMES, default_folder, parse_training
+from train import FROM_DATA, PUBLISHED_NAMES, default_folder, parse_training, usual_size
 from utils import BLOOD_CLASSES, PBC_CLASSES, PBC_FOLDER, USUAL_SIZE, split_list
 
 ROOT = Path(__file__).parents[1]
@@ -360,6 +360,12 @@ def test_options_take_every_type_and_published_names_mean_the_same():
 def test_every_data_set_and_size_has_its_own_folder(dataset, root, size, folder):
     found = default_folder(dataset, root, size, "cvae", "best", 3)
     assert found == RESULTS / folder / "cvae-best" / "seed3"
+
+
+def test_a_preset_for_one_size_has_it_and_others_the_data_s():
+    baseline, published = make_config("cwgan_gp"), make_config("cwgan_gp", "published")
+    assert [usual_size(name, baseline) for name in ("bloodmnist", "pbc", "folder")] == [28, 128, 64]
+    assert [usual_size(name, published) for name in ("pbc", "celeba:Eyeglasses")] == [128, 128]
 
 
 @pytest.mark.parametrize("name", ["pbc_clinic", "pbc", "pbc64", "cells"])
