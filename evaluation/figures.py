@@ -468,8 +468,8 @@ def ablations(rows: list[dict]) -> Figure:
 def quality_and_cost(records: list[dict], names: dict[str, str]) -> Figure:
     """Fréchet distance against images seen, and against seconds of training: a dot a training.
 
-    names: titles of the models. Filled marks are `best` presets; those of small stand-ins are squares
-    and triangles. Seconds can be compared on one kind of device only: each gets a panel, and its
+    names: titles of the models. Filled marks are `best` presets; squares and triangles are small
+    stand-ins. Seconds can be compared on one kind of device only: each gets a panel, and its
     threads are named.
     """
     machines = {}
