@@ -55,6 +55,7 @@ from utils import (
     OneSentenceParser,
     exit_on_bad_input,
     pick_device,
+    usual_size,
     write_atomically,
 )
 
@@ -139,8 +140,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="change one setting of every model's config, or one parameter of the study's "
-        "notebook; may be given again",
+        help="change one setting of every model's config, such as image_size (the data set's "
+        "usual one), or one parameter of the study's notebook; may be given again",
     )
     parser.add_argument("--out", default="results", help="folder of the results (results)")
     parser.add_argument(
@@ -196,14 +197,20 @@ def check(options: argparse.Namespace) -> None:
         _check_remeasuring(options)
         return
     options.preset = options.preset or "baseline"
-    _check_models(options, options.preset)
+    settings = options.settings | {"image_size": _image_size(options)}
+    _check_models(options, options.preset, settings)
 
 
-def _check_models(options: argparse.Namespace, preset: str) -> None:
+def _image_size(options: argparse.Namespace) -> int:
+    """Of the runs of the suite, in pixels: the data set's usual one where none is asked for."""
+    return options.settings.get("image_size", usual_size(options.dataset))
+
+
+def _check_models(options: argparse.Namespace, preset: str, settings: dict) -> None:
     have_it = [name for name in MODELS if preset in MODELS[name].PRESETS]
     options.models = list(dict.fromkeys(options.models or have_it or MODELS))
     for model in options.models:
-        make_config(model, preset, **options.settings)
+        make_config(model, preset, **settings)
 
 
 def suite_tasks(options: argparse.Namespace) -> list[list[Task]]:
@@ -279,14 +286,10 @@ def _tasks(
 
 def _compare_task(options: argparse.Namespace, records: list[dict]) -> Task:
     """The comparison of the runs of the suite, or of those that these records are of."""
-    if records:
-        size = records[0]["config"]["image_size"]
-    else:
-        size = make_config(options.models[0], options.preset, **options.settings).image_size
     parameters = {
         "results": _portable(options.out),
         "dataset": options.dataset,
-        "image_size": size,
+        "image_size": records[0]["config"]["image_size"] if records else _image_size(options),
         "out": _portable(options.out),
     }
     return Task("comparison", COMPARE, options.out / COMPARE.name, parameters)
@@ -391,8 +394,8 @@ def ablation_records(options: argparse.Namespace) -> list[tuple[Ablation, list[d
         wanted = dataclasses.asdict(make_config(row.model, row.preset, **row.settings))
         for record in records:
             settings = _settings(record)
-            if "jpeg_quality" not in row.settings:
-                settings.pop("jpeg_quality", None)  # the data decides it
+            for name in {"jpeg_quality", "image_size"} - row.settings.keys():
+                settings.pop(name, None)  # the data decides it
             if any(wanted.get(name) != value for name, value in settings.items()):
                 raise InputError(
                     f"{folder} holds a run with other settings than the row {row.name!r} of "
@@ -540,7 +543,7 @@ def _check_remeasuring(options: argparse.Namespace) -> None:
         raise InputError("--set does not go with --remeasure, which takes each run as it is")
     if Path(options.remeasure).resolve() == options.out:
         raise InputError("--remeasure would overwrite its own records; choose another --out")
-    _check_models(options, options.preset or "baseline")
+    _check_models(options, options.preset or "baseline", {})
 
 
 def _is_asked_for(record: dict, options: argparse.Namespace) -> bool:
@@ -580,7 +583,6 @@ def _kept_weights(record: dict, source: Path) -> Path:
 def _trained_pipeline(record: dict, folder: Path, device: str) -> GenerativePipeline:
     """The record's run, with the weights that lie in `folder`."""
     model, preset, seed = _run(record)
-    own, settings = dataclasses.asdict(make_config(model, preset)), _settings(record)
     pipeline = GenerativePipeline(
         model,
         preset=preset,
@@ -588,7 +590,7 @@ def _trained_pipeline(record: dict, folder: Path, device: str) -> GenerativePipe
         dataset=record["dataset"]["source"],
         out=folder,
         device=device,
-        **{name: value for name, value in settings.items() if value != own[name]},
+        **_settings(record),
     )
     pipeline.train()  # loads the weights
     return pipeline

@@ -22,13 +22,13 @@ from custom_models.drawing import fill_up, load_model, write_samples
 from generative_pipeline import RESULTS, GenerativePipeline, run_folder
 from utils import (
     LOADERS,
-    USUAL_SIZE,
     InputError,
     OneSentenceParser,
     exit_on_bad_input,
     load_dataset,
     pick_device,
     recognise_data_dir,
+    usual_size,
 )
 
 # Settings under the names that a published command line of cwgan_gp gives them.
@@ -209,7 +209,7 @@ def train(arguments: list[str]) -> None:
     dataset, root = find_data(options)
     size = options.image_size
     if size is None:
-        size = USUAL_SIZE.get(dataset.partition(":")[0], 28)
+        size = usual_size(dataset)
     model, preset, seed = options.model, options.preset, options.seed
     pipeline = GenerativePipeline(
         model,
