@@ -1,10 +1,15 @@
 # make demo    the four models on generated cells, at quick size: no download, about ten minutes
 # make suite   the full job on BloodMNIST: SEEDS= MODELS= PRESET= EXTRACTOR= DATA_ROOT= OUT= narrow it
+#              DATASET= takes other images, SIZE= their side in pixels:
+#                make suite MODELS=cwgan_gp PRESET=best DATASET=pbc SIZE=64 OUT=my_pbc64
+#                make suite MODELS=cgan DATASET=mnist OUT=my_digits
 # Every target makes .venv and installs requirements.txt by itself, once.
 
 PYTHON ?= python3
 MODELS ?= cvae dcgan ddpm cwgan_gp
 PRESET ?= baseline
+DATASET ?= bloodmnist
+SIZE ?=
 EXTRACTOR ?= inception
 DATA_ROOT ?= data
 
@@ -18,6 +23,9 @@ help:
 	@echo "make demo       four models, two seeds (SEEDS=), generated cells -> results/demo"
 	@echo "make suite      four models, five seeds (SEEDS=), BloodMNIST -> my_results (OUT=)"
 	@echo "                narrow it with MODELS=\"cvae dcgan\" PRESET= EXTRACTOR= DATA_ROOT= JOBS= OUT="
+	@echo "                DATASET=pbc, mnist, ... takes other images, SIZE= their side in pixels:"
+	@echo "                make suite MODELS=cwgan_gp PRESET=best DATASET=pbc SIZE=64 OUT=my_pbc64"
+	@echo "                make suite MODELS=cgan DATASET=mnist OUT=my_digits"
 	@echo "make ablations  changed settings against each preset, three seeds (SEEDS=)"
 	@echo "                -> my_results/ablations; GRID=published or best, MODELS= narrows it"
 	@echo "make augmentation  do synthetic cells help a classifier? STUDY=bccd, imbalance,"
@@ -41,8 +49,8 @@ suite: JOBS ?= 1
 suite: OUT ?= my_results
 suite: $(INSTALLED)
 	$(RUN) run_suite.py --models $(MODELS) --preset $(PRESET) --seeds $(SEEDS) \
-		--dataset bloodmnist --data-root "$(DATA_ROOT)" --extractor "$(EXTRACTOR)" \
-		--out "$(OUT)" --jobs $(JOBS)
+		--dataset $(DATASET) $(if $(SIZE),--set image_size=$(SIZE)) \
+		--data-root "$(DATA_ROOT)" --extractor "$(EXTRACTOR)" --out "$(OUT)" --jobs $(JOBS)
 
 # Of all models that the grid has rows for, unless the command line says MODELS=.
 ablations: GRID ?= published

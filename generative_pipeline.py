@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from custom_models import MODELS, make_config
+from custom_models import MODELS, make_config, usual_image_size
 from custom_models.config import stored_settings
 from custom_models.drawing import as_kept, derive_seed, draw, labelled_grid
 from custom_models.running_mean import RunningMean
@@ -74,9 +74,10 @@ class GenerativePipeline:
     """Trains, samples and measures one model with one seed.
 
     model, preset: names in `custom_models.MODELS` and its PRESETS; **settings change fields of the
-    preset's config. dataset, data_root: as in `utils.load_dataset`. sets: splits of one's own in
-    their place, by name (train, val, test, held_out), of the config's image size; `train` alone is
-    enough to train and to sample. out: the run's folder.
+    preset's config; image_size is otherwise the preset's or the data set's usual one. dataset, data_root: as in
+    `utils.load_dataset`. sets: splits of one's own in their place, by name (train, val, test,
+    held_out), of the config's image size; `train` alone is enough to train and to sample.
+    out: the run's folder.
     extractor: as in `evaluation.features.load_extractor`. device: auto, cpu or cuda.
     precision: float32 or bfloat16; by default bfloat16 on CUDA, float32 on a CPU, where bfloat16
     takes instructions of its own (AVX512-BF16 or AMX) and is then up to twice as fast.
@@ -106,6 +107,8 @@ class GenerativePipeline:
     ):
         self.name, self.preset, self.seed = model, preset, seed
         self.dataset = sets["train"].name if sets else dataset
+        if not sets:
+            settings = {"image_size": usual_image_size(model, preset, dataset)} | settings
         self.config = make_config(model, preset, **settings)
         self.out = Path(out or run_folder(RESULTS, model, preset, seed)).expanduser()
         self.device = pick_device(device)

@@ -35,7 +35,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from custom_models import MODELS, make_config
+from custom_models import MODELS, make_config, usual_image_size
 from custom_models.ablations import GRIDS, Ablation
 from custom_models.classifiers import make_classifier
 from custom_models.config import parse_settings, stored_settings
@@ -139,8 +139,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="change one setting of every model's config, or one parameter of the study's "
-        "notebook; may be given again",
+        help="change one setting of every model's config, such as image_size (the data set's "
+        "usual one), or one parameter of the study's notebook; may be given again",
     )
     parser.add_argument("--out", default="results", help="folder of the results (results)")
     parser.add_argument(
@@ -199,11 +199,18 @@ def check(options: argparse.Namespace) -> None:
     _check_models(options, options.preset)
 
 
+def _image_size(options: argparse.Namespace, model: str, preset: str) -> int:
+    """Of a model's runs in the suite, in pixels."""
+    usual = usual_image_size(model, preset, options.dataset)
+    return options.settings.get("image_size", usual)
+
+
 def _check_models(options: argparse.Namespace, preset: str) -> None:
     have_it = [name for name in MODELS if preset in MODELS[name].PRESETS]
     options.models = list(dict.fromkeys(options.models or have_it or MODELS))
     for model in options.models:
-        make_config(model, preset, **options.settings)
+        size = _image_size(options, model, preset)
+        make_config(model, preset, **options.settings | {"image_size": size})
 
 
 def suite_tasks(options: argparse.Namespace) -> list[list[Task]]:
@@ -282,7 +289,7 @@ def _compare_task(options: argparse.Namespace, records: list[dict]) -> Task:
     if records:
         size = records[0]["config"]["image_size"]
     else:
-        size = make_config(options.models[0], options.preset, **options.settings).image_size
+        size = _image_size(options, options.models[0], options.preset)
     parameters = {
         "results": _portable(options.out),
         "dataset": options.dataset,
@@ -391,8 +398,8 @@ def ablation_records(options: argparse.Namespace) -> list[tuple[Ablation, list[d
         wanted = dataclasses.asdict(make_config(row.model, row.preset, **row.settings))
         for record in records:
             settings = _settings(record)
-            if "jpeg_quality" not in row.settings:
-                settings.pop("jpeg_quality", None)  # the data decides it
+            for name in {"jpeg_quality", "image_size"} - row.settings.keys():
+                settings.pop(name, None)  # the data decides it
             if any(wanted.get(name) != value for name, value in settings.items()):
                 raise InputError(
                     f"{folder} holds a run with other settings than the row {row.name!r} of "
@@ -585,7 +592,6 @@ def _kept_weights(record: dict, source: Path) -> Path:
 def _trained_pipeline(record: dict, folder: Path, device: str) -> GenerativePipeline:
     """The record's run, with the weights that lie in `folder`."""
     model, preset, seed = _run(record)
-    own, settings = dataclasses.asdict(make_config(model, preset)), _settings(record)
     pipeline = GenerativePipeline(
         model,
         preset=preset,
@@ -593,7 +599,7 @@ def _trained_pipeline(record: dict, folder: Path, device: str) -> GenerativePipe
         dataset=record["dataset"]["source"],
         out=folder,
         device=device,
-        **{name: value for name, value in settings.items() if value != own[name]},
+        **_settings(record),
     )
     pipeline.train()  # loads the weights
     return pipeline

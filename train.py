@@ -17,7 +17,7 @@ import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from custom_models import MODELS, make_config
+from custom_models import MODELS, make_config, usual_image_size
 from custom_models.config import ModelConfig, help_texts
 from custom_models.drawing import fill_up, load_model, write_samples
 from generative_pipeline import RESULTS, GenerativePipeline, run_folder
@@ -200,13 +200,6 @@ def find_data(options: argparse.Namespace) -> tuple[str, str | Path | None]:
     return recognise_data_dir(options.data_dir)
 
 
-def usual_size(dataset: str, config: ModelConfig) -> int:
-    """Pixels where no size is asked for: what the preset is made for, else the data set's usual."""
-    if config.image_size != ModelConfig.image_size:
-        return config.image_size
-    return USUAL_SIZE.get(dataset.partition(":")[0], 28)
-
-
 def default_folder(
     dataset: str, root: str | Path | None, size: int, model: str, preset: str, seed: int
 ) -> Path:
@@ -228,7 +221,7 @@ def train(arguments: list[str]) -> None:
     model, preset, seed = options.model, options.preset, options.seed
     size = options.image_size
     if size is None:
-        size = usual_size(dataset, make_config(model, preset))
+        size = usual_image_size(model, preset, dataset)
     pipeline = GenerativePipeline(
         model,
         preset=preset,

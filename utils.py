@@ -255,15 +255,11 @@ def load_dataset(
     or `bccd`. root: the folder with its files ($DATA_ROOT, else data/ beside this file); for
     `folder`, the folder or zip with one sub-folder of images per class; for `pbc`, also the
     folder or zip of its classes itself.
-    size: pixels; USUAL_SIZE has each data set's. split: `train`, `val`, `test`, or `held_out`
+    size: pixels; `usual_size` says each data set's. split: `train`, `val`, `test`, or `held_out`
     (validation and test together).
     Raises InputError with one sentence for anything missing, broken or foreign.
     """
-    kind, *attribute = name.split(":", 1)
-    if kind not in LOADERS or (attribute and kind != "celeba"):
-        raise InputError(
-            f"unknown data set {name!r}; known are {', '.join(LOADERS)}, celeba:ATTRIBUTE"
-        )
+    kind, *attribute = _kind_and_attribute(name)
     if split == "held_out":
         val, test = (load_dataset(name, root, size, part) for part in ("val", "test"))
         images, labels = torch.cat([val.images, test.images]), torch.cat([val.labels, test.labels])
@@ -291,6 +287,24 @@ def load_dataset(
         )
     images = torch.from_numpy(np.array(images.transpose(0, 3, 1, 2), order="C"))
     return ImageSet(label, split, images, torch.from_numpy(labels), tuple(classes))
+
+
+def usual_size(name: str) -> int:
+    """The pixels of a data set's images where no size is asked for. name: as in `load_dataset`.
+
+    Raises InputError for an unknown one.
+    """
+    return USUAL_SIZE[_kind_and_attribute(name)[0]]
+
+
+def _kind_and_attribute(name: str) -> list[str]:
+    """`celeba:Smiling` → ["celeba", "Smiling"]; the other data sets have no attribute."""
+    kind, *attribute = name.split(":", 1)
+    if kind not in LOADERS or (attribute and kind != "celeba"):
+        raise InputError(
+            f"unknown data set {name!r}; known are {', '.join(LOADERS)}, celeba:ATTRIBUTE"
+        )
+    return [kind, *attribute]
 
 
 def recognise_data_dir(path: str | Path) -> tuple[str, Path]:

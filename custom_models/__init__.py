@@ -7,7 +7,7 @@ import dataclasses
 
 from custom_models import cgan, cvae, cwgan_gp, dcgan, ddpm
 from custom_models.config import ModelConfig
-from utils import InputError
+from utils import InputError, usual_size
 
 MODELS = {"cvae": cvae, "dcgan": dcgan, "ddpm": ddpm, "cwgan_gp": cwgan_gp, "cgan": cgan}
 
@@ -24,3 +24,12 @@ def make_config(model: str, preset: str = "baseline", **settings) -> ModelConfig
         if name not in known:
             raise InputError(f"{model} {preset} has no setting {name!r}; it has {', '.join(known)}")
     return dataclasses.replace(presets[preset], **settings)
+
+
+def usual_image_size(model: str, preset: str, dataset: str) -> int:
+    """Pixels where no size is asked for: what the preset is made for, else the data set's usual.
+
+    Raises InputError for unknown names, as `make_config` and `utils.load_dataset` do.
+    """
+    size = make_config(model, preset).image_size
+    return usual_size(dataset) if size == ModelConfig.image_size else size

@@ -29,7 +29,11 @@ class Config(ModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.require(self.image_size == 28, "image_size", "28, for which its layers are made")
+        self.require(
+            self.image_size == 28,
+            "image_size",
+            "28, for which the layers of this DCGAN are made (its preset best takes other sizes)",
+        )
         self.require(self.latent_dim >= 1, "latent_dim", "at least 1")
         self.require(self.generator_steps >= 1, "generator_steps", "at least 1")
         self.require(len(self.generator_channels) == 4, "generator_channels", "four widths")

@@ -24,7 +24,6 @@ from evaluation.reference import SHIPPED, Reference, load_reference, make_refere
 from utils import (
     BROKEN_ARCHIVE,
     LOADERS,
-    USUAL_SIZE,
     InputError,
     OneSentenceParser,
     exit_on_bad_input,
@@ -34,6 +33,7 @@ from utils import (
     pick_device,
     save_png,
     sha256_of,
+    usual_size,
     write_text,
 )
 
@@ -74,8 +74,9 @@ def main(arguments: list[str] | None = None) -> None:
     if options.reference.partition(":")[0] in LOADERS:
         extractor = load_extractor(options.extractor, device)
         refuse_domain(extractor)
-        usual = USUAL_SIZE[options.reference.partition(":")[0]]
-        size = usual if options.image_size is None else options.image_size
+        size = options.image_size
+        if size is None:
+            size = usual_size(options.reference)
         sets = {
             split: load_dataset(options.reference, options.data_root, size, split)
             for split in ("train", "val", "test", "held_out")

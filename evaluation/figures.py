@@ -1,17 +1,18 @@
 """Figures in one style: functions of arrays that return a matplotlib figure."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
-import matplotlib.image
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+from PIL import Image
 
 from evaluation.copies import Suspects
-from utils import ImageSet, make_grid, write_atomically
+from utils import ImageSet, InputError, make_grid, write_atomically
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -140,15 +141,34 @@ def class_examples(data: ImageSet) -> Figure:
     return figure
 
 
-def progress_grids(folder: str | Path) -> Figure:
-    """The grids that a training left in its progress folder, side by side."""
+def progress_grids(folder: str | Path, classes: Sequence[str] = ()) -> Figure:
+    """The grids that a training left in its progress folder side by side, four columns of each.
+
+    classes: names of the rows, of a model that is told the class. Raises InputError where there is
+    no grid.
+    """
     paths = sorted(Path(folder).glob("*.png"))
+    if not paths:
+        raise InputError(f"{folder} holds no grid of a training; train anew in another folder")
+    # Eight columns of square images, lines of one pixel around each, and all enlarged twofold.
+    grids = [np.asarray(Image.open(path))[::2, ::2] for path in paths]
+    height, width = grids[0].shape[0], grids[0].shape[1] // 2 + 1
+    left, panel, gap, above = 1.1 if classes else 0, 2.4, 0.1, 0.25  # inches
+    size = left + len(paths) * (panel + gap) - gap, panel * height / width + above
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(2.6 * len(paths), 2.9), layout="constrained")
-        for path, axis in zip(paths, figure.subplots(1, len(paths), squeeze=False)[0]):
-            axis.imshow(matplotlib.image.imread(path))
+        # A whole number of the figure's pixels for each one of an image, lest some be wider.
+        zoom = math.ceil(matplotlib.rcParams["figure.dpi"] * panel / width)
+        figure = Figure(figsize=size, dpi=zoom * width / panel)
+        for number, (path, grid) in enumerate(zip(paths, grids)):
+            place = left + number * (panel + gap), 0, panel, size[1] - above
+            axis = figure.add_axes(np.divide(place, (*size, *size)))
+            axis.imshow(grid[:, :width], interpolation="nearest")
             axis.set_title(f"{int(path.stem)} % of the training", fontsize=9)
-            axis.axis("off")
+            axis.set(frame_on=False, xticks=[], yticks=[])
+        middles = [(row + 0.5) * (width // 4) for row in range(len(classes))]
+        names = [name.replace(" ", "\n") for name in classes]
+        figure.axes[0].set_yticks(middles, names, fontsize=9)
+        figure.axes[0].tick_params("y", length=0)
     return figure
 
 

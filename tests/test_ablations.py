@@ -381,6 +381,19 @@ def test_runs_from_before_the_grid_changed_are_refused(suite, tmp_path, monkeypa
         suite("--ablations", "tiny")
 
 
+def test_a_size_that_the_data_decides_is_no_other_setting(tmp_path, monkeypatch):
+    """PBC's cells have 128 pixels, at which the other model of the grid can't draw."""
+    monkeypatch.setitem(GRIDS, "tiny", TINY)
+    config = dataclasses.asdict(make_config("cvae", "quick", image_size=128))
+    path = tmp_path / "runs" / "cvae-quick" / "seed0" / "record.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(record(0, 100.0, preset="quick", config=config)))
+    options = run_suite.parse_arguments(["--ablations", "tiny", "--dataset", "pbc"])
+    options.out = tmp_path
+    found = [records for _, records in run_suite.ablation_records(options)]
+    assert found == [[json.loads(path.read_text())], [], [], []]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

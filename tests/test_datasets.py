@@ -42,6 +42,7 @@ from utils import (
     split_folder,
     split_list,
     to_rgb,
+    usual_size,
 )
 
 
@@ -67,8 +68,12 @@ def not_again(*_args, **_keywords):
 # ---------------------------------------------------------------------------------------------
 
 
-def test_every_data_set_has_a_usual_size():
+def test_every_data_set_has_a_usual_size(bad_input):
     assert USUAL_SIZE.keys() == LOADERS.keys()
+    assert (usual_size("pbc"), usual_size("celeba:Eyeglasses")) == (128, 64)
+    for name in ("cells", "pbc:Eyeglasses"):
+        with bad_input(f"unknown data set '{name}'", "known are bloodmnist"):
+            usual_size(name)
 
 
 @given(st.lists(st.integers(4, 60), min_size=1, max_size=5), st.integers(0, 99))

@@ -1,9 +1,16 @@
 """Figures of trainings show the records' own numbers."""
 
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
 
 from evaluation import figures
-from utils import ImageSet
+from utils import BLOOD_CLASSES, ImageSet, make_grid, save_png
 
 NAMES = {"cvae": "CVAE", "dcgan": "DCGAN"}
 
@@ -109,3 +116,74 @@ def test_a_class_with_few_images_keeps_its_own_row():
     assert tiles[0].tolist() == [0] + [255] * 7
     assert tiles[1].tolist() == [10, 10] + [255] * 6
     assert tiles[2].tolist() == [20] * 8
+
+
+# ---------------------------------------------------------------------------------------------
+# Grids of the same noise, as training goes on
+# ---------------------------------------------------------------------------------------------
+
+
+def grids(folder: Path, size: int, classes: int, percents=(25, 50, 75, 100)) -> torch.Tensor:
+    """Write the grids of a training; returns their images, uint8 [grids, classes, 8, 3, S, S]."""
+    shape = (len(percents), classes, 8, 3, size, size)
+    noise = torch.Generator().manual_seed(size)
+    images = torch.randint(256, shape, dtype=torch.uint8, generator=noise)
+    for percent, part in zip(percents, images):
+        save_png(make_grid(part.flatten(0, 1), columns=8, zoom=2), folder / f"{percent:03d}.png")
+    return images
+
+
+@pytest.mark.parametrize("size", [8, 28, 64])
+def test_progress_grids_show_the_pixels_of_four_columns_unshrunk(tmp_path, size):
+    images = grids(tmp_path, size, classes=3)
+    with matplotlib.rc_context({"figure.dpi": 80}):  # as in the notebooks
+        figure = figures.progress_grids(tmp_path, ("a", "b", "c"))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    picture = np.asarray(canvas.buffer_rgba())[..., :3]
+    assert figure.get_figwidth() == pytest.approx(11)
+    zoom = {8: 6, 28: 2, 64: 1}[size]
+    for axis, part in zip(figure.axes, images, strict=True):
+        expected = make_grid(part[:, :4].flatten(0, 1), columns=4, zoom=zoom)
+        expected = expected[zoom:-zoom, zoom:-zoom]  # without the white around all
+        height, width = expected.shape[:2]
+        box = axis.get_window_extent()
+        # A panel may begin within a pixel of the figure.
+        corners = [
+            (int(len(picture) - box.y1) + zoom + down, int(box.x0) + zoom + right)
+            for down in (0, 1)
+            for right in (0, 1)
+        ]
+        assert any(
+            np.array_equal(picture[top : top + height, left : left + width], expected)
+            for top, left in corners
+        )
+
+
+def test_progress_grids_name_rows_on_the_left_and_the_share_of_the_training(tmp_path):
+    grids(tmp_path, 8, classes=2, percents=(50, 100))
+    first, second = figures.progress_grids(tmp_path, ("red cell", "b")).axes
+    assert [axis.get_title() for axis in (first, second)] == [
+        "50 % of the training",
+        "100 % of the training",
+    ]
+    assert [label.get_text() for label in first.get_yticklabels()] == ["red\ncell", "b"]
+    # The middles of the rows, whose images lie at pixels 1 to 8 and 10 to 17.
+    assert first.get_yticks().tolist() == [4.5, 13.5]
+    assert not second.get_yticklabels()
+    assert not figures.progress_grids(tmp_path).axes[0].get_yticklabels()
+
+
+def test_progress_grids_of_kept_runs_are_read():
+    folder = Path(__file__).parents[1] / "results" / "runs" / "cvae-best" / "seed0" / "progress"
+    first = figures.progress_grids(folder, BLOOD_CLASSES).axes[0]
+    shown = first.images[0].get_array()
+    kept = np.asarray(Image.open(folder / "025.png"))[::2, ::2]
+    assert np.array_equal(shown, kept[:, : 4 * 29 + 1])
+    middles = 28 / 2 + 0.5 + 29 * np.arange(8)
+    assert first.get_yticks().tolist() == middles.tolist()
+
+
+def test_a_folder_without_grids_is_told(tmp_path, bad_input):
+    with bad_input("holds no grid", "train anew"):
+        figures.progress_grids(tmp_path)

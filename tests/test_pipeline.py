@@ -1137,6 +1137,14 @@ def test_settings_of_the_sampler_are_measured_from_the_same_weights(make, monkey
         pipeline.measure_sampling(variants, n=12)
 
 
+def test_images_have_the_usual_size_of_their_data_set_unless_another_is_set(make, pbc_folder):
+    tiny = {"dataset": "pbc", "data_root": pbc_folder, "batch_size": 4}
+    for settings, size in (({}, 128), ({"image_size": 32}, 32)):
+        pipeline = make(**tiny, **settings)
+        assert pipeline.config.image_size == size
+        assert pipeline.sets["train"].images.shape == (16, 3, size, size)
+
+
 def test_splits_of_ones_own_take_the_place_of_a_named_data_set(make, bad_input):
     named = make()
     rows = torch.arange(0, 160, 2)

@@ -14,7 +14,7 @@ import nbformat
 import pytest
 
 import run_suite
-from custom_models import MODELS, cvae
+from custom_models import MODELS, cvae, make_config
 from custom_models.ablations import GRIDS, Ablation
 from run_suite import Runner, Task
 from utils import InputError
@@ -247,6 +247,44 @@ def test_the_comparison_of_runs_measured_anew_has_their_image_size(monkeypatch, 
     monkeypatch.setattr(run_suite, "collect", lambda _: records(128, 64))
     with bad_input("64 and 128 pixels", "of one size"):
         run_suite.records_to_remeasure(options)
+
+
+def test_a_run_measured_anew_keeps_its_image_size(monkeypatch, tmp_path):
+    """Even where it is no setting of its own, and not the data set's usual one."""
+    made = {}
+
+    class Pipeline:
+        def __init__(self, model, **arguments):
+            made.update(arguments)
+
+        def train(self):
+            pass
+
+    monkeypatch.setattr(run_suite, "GenerativePipeline", Pipeline)
+    config = json.loads(json.dumps(dataclasses.asdict(make_config("cwgan_gp", "quick"))))
+    record = {"model": "cwgan_gp", "preset": "quick", "seed": 0, "config": config}
+    run_suite._trained_pipeline(record | {"dataset": {"source": "pbc"}}, tmp_path, "cpu")
+    assert made["image_size"] == 28
+
+
+@pytest.mark.parametrize(
+    ("arguments", "size"),
+    [
+        ("--models cwgan_gp --preset best --dataset pbc", 128),
+        ("--models cwgan_gp --preset best --dataset pbc --set image_size=64", 64),
+        ("--models cgan --dataset mnist", 28),
+        ("--models cvae --dataset celeba:Eyeglasses", 64),
+    ],
+)
+def test_the_comparison_has_the_size_of_the_runs(arguments, size, tmp_path):
+    options = run_suite.parse_arguments([*arguments.split(), "--out", str(tmp_path)])
+    run_suite.check(options)
+    assert run_suite._compare_task(options, []).parameters["image_size"] == size
+
+
+def test_a_model_that_cannot_draw_the_usual_size_is_refused(tmp_path, bad_input):
+    with bad_input("image_size must be 28", "best takes other sizes", "got 128"):
+        run_suite.main(["--models", "dcgan", "--dataset", "pbc", "--out", str(tmp_path)])
 
 
 def test_measuring_anew_takes_only_what_fits_the_options(second, tmp_path, bad_input):

@@ -27,12 +27,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_datasets import write_digits
 
 import utils
-from custom_models import MODELS, drawing, make_config
+from custom_models import MODELS, drawing, make_config, usual_image_size
 from custom_models.config import ModelConfig, help_texts
 from custom_models.drawing import derive_seed, labelled_grid, load_model
 from evaluation import agreement
 from generative_pipeline import RESULTS, GenerativePipeline, pick_precision
-from train import FROM_DATA, PUBLISHED_NAMES, default_folder, parse_training, usual_size
+from train import FROM_DATA, PUBLISHED_NAMES, default_folder, parse_training
 from utils import BLOOD_CLASSES, PBC_CLASSES, PBC_FOLDER, USUAL_SIZE, split_list
 
 ROOT = Path(__file__).parents[1]
@@ -363,9 +363,11 @@ def test_every_data_set_and_size_has_its_own_folder(dataset, root, size, folder)
 
 
 def test_a_preset_for_one_size_has_it_and_others_the_data_s():
-    baseline, published = make_config("cwgan_gp"), make_config("cwgan_gp", "published")
-    assert [usual_size(name, baseline) for name in ("bloodmnist", "pbc", "folder")] == [28, 128, 64]
-    assert [usual_size(name, published) for name in ("pbc", "celeba:Eyeglasses")] == [128, 128]
+    def sizes(preset: str, *datasets: str) -> list[int]:
+        return [usual_image_size("cwgan_gp", preset, dataset) for dataset in datasets]
+
+    assert sizes("baseline", "bloodmnist", "pbc", "folder") == [28, 128, 64]
+    assert sizes("published", "pbc", "celeba:Eyeglasses") == [128, 128]
 
 
 @pytest.mark.parametrize("name", ["pbc_clinic", "pbc", "pbc64", "cells"])
