@@ -74,10 +74,10 @@ class GenerativePipeline:
     """Trains, samples and measures one model with one seed.
 
     model, preset: names in `custom_models.MODELS` and its PRESETS; **settings change fields of the
-    preset's config; image_size is otherwise the preset's or the data set's usual one. dataset, data_root: as in
-    `utils.load_dataset`. sets: splits of one's own in their place, by name (train, val, test,
-    held_out), of the config's image size; `train` alone is enough to train and to sample.
-    out: the run's folder.
+    preset's config; image_size is otherwise the preset's or the data set's usual one. dataset,
+    data_root: as in `utils.load_dataset`. sets: splits of one's own in their place, by name (train,
+    val, test, held_out), of the config's image size; `train` alone is enough to train and to
+    sample. out: the run's folder.
     extractor: as in `evaluation.features.load_extractor`. device: auto, cpu or cuda.
     precision: float32 or bfloat16; by default bfloat16 on CUDA, float32 on a CPU, where bfloat16
     takes instructions of its own (AVX512-BF16 or AMX) and is then up to twice as fast.
