@@ -197,6 +197,9 @@ def check(options: argparse.Namespace) -> None:
         return
     options.preset = options.preset or "baseline"
     _check_models(options, options.preset)
+    for model in options.models:
+        size = _image_size(options, model, options.preset)
+        make_config(model, options.preset, **options.settings | {"image_size": size})
 
 
 def _image_size(options: argparse.Namespace, model: str, preset: str) -> int:
@@ -209,8 +212,7 @@ def _check_models(options: argparse.Namespace, preset: str) -> None:
     have_it = [name for name in MODELS if preset in MODELS[name].PRESETS]
     options.models = list(dict.fromkeys(options.models or have_it or MODELS))
     for model in options.models:
-        size = _image_size(options, model, preset)
-        make_config(model, preset, **options.settings | {"image_size": size})
+        make_config(model, preset)
 
 
 def suite_tasks(options: argparse.Namespace) -> list[list[Task]]:
