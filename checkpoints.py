@@ -79,8 +79,8 @@ DATA = {
         PBC_LIMITS,
     ),
     "demo": (
-        "Cells drawn by this suite's diffusion model, no patient's. The model learned from "
-        "BloodMNIST (CC BY 4.0, so name its authors).",
+        "Cells drawn by this suite's diffusion model, which learned from BloodMNIST (CC BY 4.0, so "
+        "name its authors); a search found no sign of copies.",
         "Generated cells only show that the code runs; a model of them says nothing of real blood.",
     ),
     "bccd": (

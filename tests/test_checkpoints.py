@@ -307,7 +307,7 @@ def test_the_card_of_demo_cells(shipped):
     record = json.loads(shipped["cvae"].with_suffix(".json").read_text())
     record["dataset"]["source"] = "demo"
     card = checkpoints.model_card(record, [record])
-    assert "this suite's diffusion model, no patient's" in card and "BloodMNIST" in card
+    assert "Cells drawn by this suite's diffusion model, which learned from BloodMNIST" in card
 
 
 @BOTH
