@@ -357,6 +357,7 @@ def draw_demo(
         "sha256": sha256_of(images),
         "drawn_by": {"file": Path(checkpoint).name, "sha256": about["sha256"]},
         "seed": SEED,
+        "extractor": network.name,
         "copies": found,
     }
     rows = torch.cat([torch.nonzero(labels == k)[:IN_GRID, 0] for k in labels.unique()])

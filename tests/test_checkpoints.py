@@ -576,9 +576,11 @@ def few(monkeypatch) -> None:
     monkeypatch.setattr(checkpoints, "DEMO_SPLITS", {"train": 12, "val": 5, "test": 7})
 
 
-def test_demo_cells_are_the_models_own(few, shipped, data_root, tmp_path, monkeypatch):
+def test_demo_cells_are_the_models_own(
+    few, shipped, data_root, tiny_extractor, tmp_path, monkeypatch
+):
     out = tmp_path / "demo_cells.npz"
-    found = checkpoints.draw_demo(shipped["cvae"], out, data_root)
+    found = checkpoints.draw_demo(shipped["cvae"], out, data_root, tiny_extractor)
     monkeypatch.setattr(utils, "DEMO_FILE", out)
     parts = [load_dataset("demo", split=split) for split in utils.SPLITS]
     assert [len(part) for part in parts] == [12, 5, 7]
@@ -590,27 +592,32 @@ def test_demo_cells_are_the_models_own(few, shipped, data_root, tmp_path, monkey
     weights = hashlib.sha256(shipped["cvae"].read_bytes()).hexdigest()
     assert record["drawn_by"] == {"file": "cvae-best.safetensors", "sha256": weights}
     assert record["sha256"] == utils.sha256_of(images) and record["copies"] == found
+    assert record["extractor"] == "tiny-8"
     assert (found["n_images"], found["n_train"], found["n_held_out"]) == (24, 160, 64)
     assert out.with_suffix(".png").exists()
 
 
 def test_demo_cells_that_are_copies_are_not_written(
-    few, shipped, data_root, tmp_path, monkeypatch, bad_input
+    few, shipped, data_root, tiny_extractor, tmp_path, monkeypatch, bad_input
 ):
+    out = tmp_path / "demo_cells.npz"
     train = load_dataset("bloodmnist", data_root).images
     monkeypatch.setattr(checkpoints, "sample", lambda model, labels, seed: train[: len(labels)])
     with bad_input("cvae-best.safetensors draws: copies", "take another"):
-        checkpoints.draw_demo(shipped["cvae"], tmp_path / "demo_cells.npz", data_root)
+        checkpoints.draw_demo(shipped["cvae"], out, data_root, tiny_extractor)
+    with bad_input("domain extractor knows the train split"):
+        checkpoints.draw_demo(shipped["cvae"], out, data_root, "domain")
     assert not list(tmp_path.iterdir())
 
 
 def test_demo_cells_need_classes_and_the_models_own_data(
-    few, shipped, data_root, tmp_path, tiny_arrays, bad_input
+    few, shipped, data_root, tiny_extractor, tmp_path, tiny_arrays, bad_input
 ):
+    out = tmp_path / "demo_cells.npz"
     with bad_input("dcgan-best.safetensors can't be asked for a class"):
-        checkpoints.draw_demo(shipped["dcgan"], tmp_path / "demo_cells.npz", data_root)
+        checkpoints.draw_demo(shipped["dcgan"], out, data_root, tiny_extractor)
     other = {"train_labels": 0 * tiny_arrays["train_labels"]}
     np.savez(tmp_path / "bloodmnist.npz", **tiny_arrays | other)
     with bad_input("learned from other cells than those of BloodMNIST"):
-        checkpoints.draw_demo(shipped["cvae"], tmp_path / "demo_cells.npz", tmp_path)
+        checkpoints.draw_demo(shipped["cvae"], out, tmp_path, tiny_extractor)
     assert [path.name for path in tmp_path.iterdir()] == ["bloodmnist.npz"]
