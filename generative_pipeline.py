@@ -193,10 +193,13 @@ class GenerativePipeline:
         self.check_folder()
         if not self.load_weights():
             with _alone_in(self.out):
-                self._train()
+                try:
+                    self._train()
+                except BaseException:
+                    self._set_up_model()  # half an update is nothing to go on from
+                    raise
 
     def _train(self) -> None:
-        self._set_up_model()  # a call that was interrupted leaves half an update behind
         if self.config.validation_epochs:
             self.extractor()  # told now, if it is missing, and not after the first epochs
         if self.load_checkpoint() and self.step < self.total_steps:
