@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from custom_models.config import ModelConfig
-from custom_models.layers import CHROMA, JPEG, cosine_decay, update
+from custom_models.layers import cosine_decay, jpeg_layer, require_jpeg, update
 from custom_models.samplers import SAMPLERS, evaluations, karras_sigmas
 
 
@@ -86,11 +86,7 @@ class Config(ModelConfig):
             "guidance_scale",
             "1 where label_dropout is 0, as guidance needs a network that also knows no class",
         )
-        self.require(self.jpeg_chroma in CHROMA, "jpeg_chroma", " or ".join(CHROMA))
-        self.require(0 <= self.jpeg_quality <= 100, "jpeg_quality", "from 0 to 100")
-        self.require(
-            self.jpeg_quality == 0 or self.image_channels == 3, "jpeg_quality", "0 without colours"
-        )
+        require_jpeg(self)
 
     def build(self) -> "Model":
         return Model(self)
@@ -306,8 +302,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.unet = UNet(config)
-        stored = config.jpeg_quality > 0
-        self.jpeg = JPEG(config.jpeg_quality, config.jpeg_chroma) if stored else nn.Identity()
+        self.jpeg = jpeg_layer(config)
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         # The count for the warm-up stands in the optimizer's own state, and is saved with it.

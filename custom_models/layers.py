@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from custom_models.config import ModelConfig
+
 # Annex K of the JPEG standard (ITU-T T.81), for luminance and chrominance at quality 50.
 LUMINANCE = (
     (16, 11, 10, 16, 24, 40, 51, 61),
@@ -193,6 +195,21 @@ class JPEG(nn.Module):
     def _in_blocks(self, rows: Tensor, table: Tensor) -> Tensor:
         """[N, 64 C, H, W] in steps of the table → [N, C, H, W, 8, 8]."""
         return rows.unflatten(1, (-1, 8, 8)).permute(0, 1, 4, 5, 2, 3) * table
+
+
+def require_jpeg(config: ModelConfig) -> None:
+    """Raise InputError for a config whose jpeg_quality and jpeg_chroma no `jpeg_layer` has."""
+    config.require(config.jpeg_chroma in CHROMA, "jpeg_chroma", " or ".join(CHROMA))
+    config.require(0 <= config.jpeg_quality <= 100, "jpeg_quality", "from 0 to 100")
+    colours = config.image_channels == 3
+    config.require(config.jpeg_quality == 0 or colours, "jpeg_quality", "0 without colours")
+
+
+def jpeg_layer(config: ModelConfig) -> nn.Module:
+    """What stores images as the config says: `JPEG`, or nothing for a jpeg_quality of 0."""
+    if config.jpeg_quality == 0:
+        return nn.Identity()
+    return JPEG(config.jpeg_quality, config.jpeg_chroma)
 
 
 def _cosines(side: int) -> Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from custom_models.config import ModelConfig
-from custom_models.layers import CHROMA, JPEG, ResidualBlock, update
+from custom_models.layers import ResidualBlock, jpeg_layer, require_jpeg, update
 from utils import random_flips_and_turns
 
 
@@ -50,11 +50,7 @@ class Config(ModelConfig):
             self.require(getattr(self, name) > 0, name, "above 0")
         self.require(self.anneal_images >= 1, "anneal_images", "at least 1")
         self.require(self.penalty_interval >= 1, "penalty_interval", "at least 1")
-        self.require(self.jpeg_chroma in CHROMA, "jpeg_chroma", " or ".join(CHROMA))
-        self.require(0 <= self.jpeg_quality <= 100, "jpeg_quality", "from 0 to 100")
-        self.require(
-            self.jpeg_quality == 0 or self.image_channels == 3, "jpeg_quality", "0 without colours"
-        )
+        require_jpeg(self)
 
     def build(self) -> "Model":
         return Model(self)
@@ -78,8 +74,7 @@ class Generator(nn.Module):
             layers.append(ResidualBlock(following))
         layers += [nn.LeakyReLU(0.2), nn.Conv2d(widths[-1], config.image_channels, 3, padding=1)]
         self.layers = nn.Sequential(*layers, nn.Tanh())
-        stored = config.jpeg_quality > 0
-        self.jpeg = JPEG(config.jpeg_quality, config.jpeg_chroma) if stored else nn.Identity()
+        self.jpeg = jpeg_layer(config)
 
     def forward(self, latents: Tensor) -> Tensor:
         images = self.jpeg(self.layers(latents)[:, :, : self.size, : self.size])

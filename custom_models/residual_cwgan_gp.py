@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from custom_models.config import ModelConfig
-from custom_models.layers import CHROMA, JPEG, ResidualBlock
+from custom_models.layers import ResidualBlock, jpeg_layer, require_jpeg
 from utils import random_flips_and_turns
 
 
@@ -47,11 +47,7 @@ class Config(ModelConfig):
         self.require(len(self.critic_channels) == 3, "critic_channels", "three widths")
         self.require(self.gradient_penalty >= 0, "gradient_penalty", "at least 0")
         self.require(self.image_size >= 8, "image_size", "at least 8")
-        self.require(self.jpeg_chroma in CHROMA, "jpeg_chroma", " or ".join(CHROMA))
-        self.require(0 <= self.jpeg_quality <= 100, "jpeg_quality", "from 0 to 100")
-        self.require(
-            self.jpeg_quality == 0 or self.image_channels == 3, "jpeg_quality", "0 without colours"
-        )
+        require_jpeg(self)
 
     @property
     def images_per_step(self) -> int:
@@ -138,8 +134,7 @@ class Generator(nn.Module):
         self.blocks = nn.ModuleList(UpBlock(i, o, config.n_classes) for i, o in pairwise(widths))
         self.norm = nn.BatchNorm2d(last)
         self.out = nn.Conv2d(last, config.image_channels, 3, padding=1)
-        stored = config.jpeg_quality > 0
-        self.jpeg = JPEG(config.jpeg_quality, config.jpeg_chroma) if stored else nn.Identity()
+        self.jpeg = jpeg_layer(config)
 
     def forward(self, latents: Tensor, labels: Tensor) -> Tensor:
         x = self.start(latents)

@@ -5,6 +5,12 @@ import torch
 from utils import InputError
 
 Statistics = tuple[torch.Tensor, torch.Tensor]
+IMAGES_PER_DIMENSION = 1.5  # below it a covariance is mostly sampling error
+
+
+def enough_images(n: int, dim: int) -> bool:
+    """Whether a Fréchet distance of n images, in so many dimensions, is more than their error."""
+    return n > IMAGES_PER_DIMENSION * dim
 
 
 def gaussian_statistics(features: torch.Tensor) -> Statistics:

@@ -5,10 +5,14 @@ import math
 import numpy as np
 import torch
 
-from evaluation.frechet import Statistics, frechet_distance, gaussian_statistics
+from evaluation.frechet import (
+    IMAGES_PER_DIMENSION,
+    Statistics,
+    frechet_distance,
+    gaussian_statistics,
+)
 from utils import InputError, progress
 
-IMAGES_PER_DIMENSION = 1.5  # below it a covariance is mostly sampling error
 LARGEST_START = 0.75  # a line through fractions from above this to 1 says nothing about infinity
 FRACTIONS = 8
 ORDERINGS = 4

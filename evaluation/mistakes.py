@@ -24,7 +24,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from custom_models.layers import JPEG
 from evaluation.copies import FIFTH, authpct, compare_neighbours, ct
 from evaluation.features import Extractor, extract, load_extractor
-from evaluation.frechet import frechet_distance, gaussian_statistics
+from evaluation.frechet import IMAGES_PER_DIMENSION, frechet_distance, gaussian_statistics
 from evaluation.kid import kernel_distance
 from evaluation.neighbours import k_nearest
 from evaluation.reference import Reference, make_reference
@@ -162,7 +162,7 @@ def load_setup(
 
 def fewest(extractor: Extractor) -> int:
     """The least number of images that a Fréchet distance on these features can be taken of."""
-    return int(1.5 * extractor.dim) + 1
+    return int(IMAGES_PER_DIMENSION * extractor.dim) + 1
 
 
 def _draw(rows: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tensor:
@@ -329,7 +329,7 @@ def sample_size(setup: Setup) -> dict:
     intercept + slope / n (Chong and Forsyth 2020, sec. 3), over the sizes above 1.5 dimensions.
     """
     real, generator = setup.held_out_features, torch.Generator().manual_seed(setup.seed)
-    enough = 1.5 * setup.extractor.dim
+    enough = IMAGES_PER_DIMENSION * setup.extractor.dim
     sizes = [n for n in SIZES if n <= len(setup.train)]
     fitted = [n for n in sizes if n > enough]
     if len(fitted) < 2:

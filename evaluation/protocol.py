@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from evaluation.features import Extractor, extract
-from evaluation.frechet import frechet_distance, gaussian_statistics
+from evaluation.frechet import enough_images, frechet_distance, gaussian_statistics
 from evaluation.frechet_infinity import frechet_infinity, frechet_infinity_possible
 from evaluation.kid import kernel_distance
 from evaluation.prdc import precision_recall_density_coverage
@@ -54,7 +54,7 @@ class Protocol:
     def frechet_warning(self) -> str:
         """Why a Fréchet distance means little at this number of images; empty where it is sound."""
         n = min(self.n_real, self.n_fake)
-        if n > 1.5 * self.feature_dim:
+        if enough_images(n, self.feature_dim):
             return ""
         return (
             f"Fréchet distance at n = {n} in {self.feature_dim} dimensions "
@@ -145,7 +145,7 @@ def measure(real: torch.Tensor, fake: torch.Tensor) -> tuple[dict, list[str]]:
         )
     )
     warnings = []
-    if n > 1.5 * dim:
+    if enough_images(n, dim):
         metrics["frechet_distance"] = _frechet(real, fake)
         metrics["frechet_interval"] = list(subsampling_interval(_frechet, real, fake))
     else:
@@ -197,7 +197,8 @@ def floors(reference: Reference, held_out: ImageSet, extractor: Extractor) -> tu
 
 
 def _floor_at(reference: Reference, features: torch.Tensor) -> dict:
-    real, enough = reference.features, len(features) > 1.5 * reference.features.shape[1]
+    real = reference.features
+    enough = enough_images(len(features), real.shape[1])
     return {
         "frechet_distance": _frechet(real, features) if enough else None,
         "kid": kernel_distance(real, features)[0],
