@@ -444,9 +444,7 @@ def main() -> None:
     if options.command == "ship":
         ship_all(options.results, options.out)
     elif options.command == "demo":
-        found = draw_demo(
-            options.checkpoint, options.out, options.data_root, options.extractor
-        )
+        found = draw_demo(options.checkpoint, options.out, options.data_root, options.extractor)
         print(f"{options.out}: {found['verdict']}")
     else:
         draw_all(options.checkpoints, options.out, options.seed)

@@ -759,7 +759,7 @@ def _markdown(rows: list[dict]) -> str:
     parts += [
         f"{row['model']} {row['preset']} was not run as its preset is: {row['settings']}."
         for row in rows
-        if row.get("settings")
+        if row["settings"]
     ]
     return "\n\n".join(parts + _notes(rows)) + "\n"
 
