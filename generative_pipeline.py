@@ -56,13 +56,12 @@ from utils import (
 # finished runs of other versions are then run again.
 CODE_VERSION = 1
 # Raise it when `measure_sampling` gives other than before.
-SAMPLING_VERSION = 1
+SAMPLING_VERSION = 2
 RESULTS = Path(__file__).resolve().parent / "results"
 CHECKPOINT_FORMAT = 2
 WEIGHTS_FORMAT = 1
 SAVED_SAMPLES = 64
 HELD_OUT = 10  # images: the search for copies compares two halves of them
-SAMPLING_SETTINGS = ("sampler", "sampling_steps", "guidance_scale")
 
 
 def run_folder(results: str | Path, model: str, preset: str, seed: int) -> Path:
@@ -173,6 +172,8 @@ class GenerativePipeline:
         self.ema = RunningMean(self.model, decay) if decay else None
         self.step, self.seconds, self.history, self.best = 0, 0.0, [], None
         self.training = None  # how it was trained; known once it is over
+        own = self._identity()
+        self.validated_with = {name: own[name] for name in self.config.SAMPLING}
         self.kept = None  # the kept weights, where they come from their file
         if self.compile:
             for name, network in self.model.named_children():
@@ -376,7 +377,7 @@ class GenerativePipeline:
             self.ema.updates = int(state["ema_updates"])  # a tensor in older checkpoints
         self.step, self.seconds = state["step"], state["seconds"]
         self.history, self.best = state["history"], state["best"]
-        self.training = state["training"]
+        self._take_up(state)
         return True
 
     @property
@@ -387,7 +388,7 @@ class GenerativePipeline:
         """Write what is kept of a finished training: weights in float16, history, machine."""
         state = {
             "format": WEIGHTS_FORMAT,
-            "identity": self._identity(),
+            "identity": self._identity() | self.validated_with,
             "classes": list(self.sets["train"].classes),
             "training": self.training,
             "history": self.history,
@@ -409,8 +410,14 @@ class GenerativePipeline:
                 model.load_state_dict(state["state"])
             self.step, self.history, self.best = self.total_steps, state["history"], None
             self.kept = state["state"]
-        self.training = state["training"]
+        self._take_up(state)
         return True
+
+    def _take_up(self, state: dict) -> None:
+        """What the training took, and by which settings its validation sampled."""
+        self.training = state["training"]
+        stored = stored_settings(state["identity"], self.config)
+        self.validated_with = {name: stored[name] for name in self.config.SAMPLING}
 
     def _read_state(self, path: Path, file_format: int) -> dict | None:
         """A checkpoint's or weight file's content if it is this very run's; None without a file."""
@@ -428,11 +435,12 @@ class GenerativePipeline:
         if not isinstance(stored, dict) or state.get("format") != file_format:
             raise InputError(f"{path} is not a checkpoint of this suite; delete it to start anew")
         stored = stored_settings(stored, self.config)
-        differing = differences(stored, own, sorted({*stored, *own}))
+        names = {*stored, *own}
+        if state["training"]:  # it is finished, and may be sampled by other settings
+            names -= {*self.config.SAMPLING}
+        differing = differences(stored, own, sorted(names))
         if differing:
-            raise InputError(
-                f"{path} is of another run: {differing}; choose another folder (out)"
-            )
+            raise InputError(f"{path} is of another run: {differing}; choose another folder (out)")
         return state
 
     def _identity(self) -> dict:
@@ -704,7 +712,7 @@ class GenerativePipeline:
         image, kid and kid_standard_error. They are kept in sampling.json, with a picture beside it,
         and measured once. Raises InputError for a model without samplers to choose from.
         """
-        if not all(hasattr(self.config, name) for name in SAMPLING_SETTINGS):
+        if not all(hasattr(self.config, name) for name in figures.SAMPLING_SETTINGS):
             raise InputError(
                 f"{self.name} {self.preset} has no samplers to choose from; ddpm's best has"
             )
@@ -746,7 +754,7 @@ class GenerativePipeline:
 
     def _sampling_settings(self, changes: dict) -> dict:
         config = dataclasses.replace(self.config, **changes)
-        return {name: getattr(config, name) for name in SAMPLING_SETTINGS}
+        return {name: getattr(config, name) for name in figures.SAMPLING_SETTINGS}
 
     def nearest_training_images(self, images: torch.Tensor, k: int = 4) -> torch.Tensor:
         """For each image the k nearest training images in feature space, uint8 [N, k, C, S, S]."""
@@ -808,7 +816,14 @@ class GenerativePipeline:
             },
             "metrics": metrics,
             "history": self.history,
+            **self._other_sampling(),
         }
+
+    def _other_sampling(self) -> dict:
+        """Settings by which the history's validation KIDs, not the metrics, were sampled."""
+        own = self._identity()
+        other = {name: x for name, x in self.validated_with.items() if x != own[name]}
+        return {"validated_with": other} if other else {}
 
 
 def _hash(content: dict) -> str:

@@ -29,6 +29,8 @@ class ModelConfig:
     validation_epochs: int = 0  # epochs between validation KIDs; 0: the last step is kept
     # Settings that came after the first kept runs, with the values that those runs stand for.
     LATER: ClassVar[dict] = {}
+    # Settings that sampling alone reads: a finished training may be sampled by others.
+    SAMPLING: ClassVar[tuple] = ()
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -29,6 +29,7 @@ class Config(ModelConfig):
     sampling_steps: int = 500  # of ddim; the ancestral sampler takes all T
     variance: str = "beta"  # of the ancestral sampler: beta or posterior
     LATER: ClassVar[dict] = {"decay_images": 0}
+    SAMPLING: ClassVar[tuple] = ("sampler", "sampling_steps", "variance")
 
     def __post_init__(self):
         super().__post_init__()

@@ -579,24 +579,36 @@ def validation_curves(
     return figure
 
 
+SAMPLING_SETTINGS = ("sampler", "sampling_steps", "guidance_scale", "jpeg_quality", "jpeg_chroma")
+
+
 def sampling_quality(rows: list[dict]) -> Figure:
-    """KID against evaluations of the network, a line a sampler, and against the guidance scale.
+    """KID against evaluations of the network, a line a sampler, against the guidance scale, and
+    with images as drawn or stored as JPEG.
 
     rows: of `GenerativePipeline.measure_sampling`, the preset's own settings first. Bars: ± one
     standard error. The ring is the preset's own setting.
     """
     own = rows[0]
-    steps = [row for row in rows if row["guidance_scale"] == own["guidance_scale"]]
-    same = ("sampler", "sampling_steps")
-    scales = [row for row in rows if all(row[name] == own[name] for name in same)]
+
+    def varied(*names: str) -> list[dict]:
+        """The rows that differ from the preset's own in nothing but these settings."""
+        same = {*SAMPLING_SETTINGS} - {*names}
+        return [row for row in rows if all(row[name] == own[name] for name in same)]
+
+    steps = varied("sampler", "sampling_steps")
+    scales = varied("guidance_scale")
+    files = [row | {"file": _file_format(row)} for row in varied("jpeg_quality", "jpeg_chroma")]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 2.8), layout="constrained")
-        left, right = figure.subplots(1, 2, sharey=True)
+        figure = Figure(figsize=(8.0, 2.8), layout="constrained")
+        left, right, stored = figure.subplots(1, 3, sharey=True, width_ratios=(4, 3, 2))
         for sampler in sorted({row["sampler"] for row in steps}):
             line = [row for row in steps if row["sampler"] == sampler]
             _with_errors(left, line, "evaluations", sampler)
         _with_errors(right, scales, "guidance_scale", None)
-        for axis, cost in ((left, "evaluations"), (right, "guidance_scale")):
+        _with_errors(stored, files, "file", None, fmt="o")
+        own = files[0]
+        for axis, cost in ((left, "evaluations"), (right, "guidance_scale"), (stored, "file")):
             axis.plot(own[cost], own["kid"], "o", ms=11, color="black", fillstyle="none")
             log_scale(axis, "y")
         left.set_xscale("log", base=2)
@@ -605,16 +617,22 @@ def sampling_quality(rows: list[dict]) -> Figure:
         left.set_ylabel("KID against the validation split")
         left.legend(fontsize=7)
         right.set_xlabel("guidance scale; 1: none")
+        stored.set_xlabel("images stored")
+        stored.margins(x=0.3)
     return figure
 
 
-def _with_errors(axis, rows: list[dict], name: str, label: str | None) -> None:
+def _file_format(row: dict) -> str:
+    return f"JPEG,\n{row['jpeg_chroma']}" if row["jpeg_quality"] else "as\ndrawn"
+
+
+def _with_errors(axis, rows: list[dict], name: str, label: str | None, fmt: str = "o-") -> None:
     rows = sorted({row[name]: row for row in rows}.values(), key=lambda row: row[name])
     axis.errorbar(
         [row[name] for row in rows],
         [row["kid"] for row in rows],
         yerr=[row["kid_standard_error"] for row in rows],
-        fmt="o-",
+        fmt=fmt,
         ms=4,
         capsize=2,
         label=label,
