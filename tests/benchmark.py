@@ -37,7 +37,7 @@ SHIPPED = "results/checkpoints/cwgan_gp-best.safetensors"
 LARGE = (
     ("cwgan_gp", "baseline", {"image_size": 64}),
     ("cwgan_gp", "best", {"image_size": 64, "jpeg_quality": 0}),
-    ("ddpm", "best_64", {"image_size": 64, "jpeg_quality": 0}),
+    ("ddpm", "best_64", {"image_size": 64}),
     ("cwgan_gp", "baseline", {"image_size": 128}),
     ("cwgan_gp", "best", {"image_size": 128, "jpeg_quality": 0}),
 )

@@ -20,7 +20,6 @@ TINY = dataclasses.replace(
     warmup_images=48,
     sampling_steps=3,
     batch_size=16,
-    jpeg_quality=0,
 )
 
 
@@ -146,7 +145,7 @@ def test_odd_sizes_and_grey_images_keep_their_form(size):
 
 
 def test_at_64_pixels_attention_is_at_16_and_8_alone():
-    model, sides = make_config("ddpm", "best_64", jpeg_quality=0).build(), set()
+    model, sides = make_config("ddpm", "best_64").build(), set()
     for module in model.modules():
         if isinstance(module, edm.Attention):
             module.register_forward_pre_hook(lambda _, inputs: sides.add(inputs[0].shape[2:]))
@@ -441,11 +440,20 @@ def test_samples_are_stored_as_jpeg_where_a_quality_is_set():
     model = trained()
     stored = copy.deepcopy(model)
     stored.config = dataclasses.replace(model.config, jpeg_quality=75)
-    stored.jpeg = stored.config.build().jpeg
     labels = torch.tensor([1, 4])
     plain, result = model.sample(labels, noise()), stored.sample(labels, noise())
     assert torch.equal(result, JPEG(75, "dct")(plain)) and not torch.equal(result, plain)
-    assert set(stored.state_dict()) == set(model.state_dict())
+
+
+def test_grey_images_have_no_variants_that_are_stored_as_jpeg():
+    grey = dataclasses.replace(TINY, image_channels=1)
+    colour = edm.sampling_variants(TINY)
+    assert edm.sampling_variants(grey) == [v for v in colour if "jpeg_quality" not in v]
+    assert sum("jpeg_quality" in variant for variant in colour) == 2
+    for config, variants in ((TINY, colour), (grey, edm.sampling_variants(grey))):
+        for variant in variants:
+            assert variant.keys() <= {*config.SAMPLING}
+            dataclasses.replace(config, **variant)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -88,15 +88,17 @@ def test_published_trainings_are_rings_in_the_panels_of_their_model():
     assert "baseline, to train" not in dots(cvae)
 
 
-def test_sampling_quality_draws_a_line_a_sampler_and_one_for_guidance():
+def test_sampling_quality_draws_samplers_guidance_and_jpeg_apart():
     own = {"sampler": "heun", "sampling_steps": 3, "guidance_scale": 1.0, "evaluations": 5}
+    own |= {"jpeg_quality": 0, "jpeg_chroma": "dct"}
     rows = [
         {**own, "kid": 4.0, "kid_standard_error": 0.5},
         {**own, "sampling_steps": 5, "evaluations": 9, "kid": 3.0, "kid_standard_error": 0.5},
         {**own, "sampler": "ddim", "evaluations": 3, "kid": 9.0, "kid_standard_error": 0.5},
         {**own, "guidance_scale": 2.0, "evaluations": 10, "kid": 6.0, "kid_standard_error": 0.5},
+        {**own, "jpeg_quality": 75, "kid": 8.0, "kid_standard_error": 0.5},
     ]
-    left, right = figures.sampling_quality(rows).axes
+    left, right, stored = figures.sampling_quality(rows).axes
     lines = {
         container.get_label(): container.lines[0].get_xydata().tolist()
         for container in left.containers
@@ -104,6 +106,9 @@ def test_sampling_quality_draws_a_line_a_sampler_and_one_for_guidance():
     assert lines == {"ddim": [[3, 9]], "heun": [[5, 4], [9, 3]]}
     assert right.containers[0].lines[0].get_xydata().tolist() == [[1, 4], [2, 6]]
     assert left.lines[-1].get_xydata().tolist() == [[5, 4]]  # the ring
+    assert stored.containers[0].lines[0].get_ydata().tolist() == [8, 4]
+    stored.figure.draw_without_rendering()
+    assert [t.get_text() for t in stored.get_xticklabels()] == ["JPEG,\ndct", "as\ndrawn"]
 
 
 def test_a_class_with_few_images_keeps_its_own_row():

@@ -150,7 +150,8 @@ def test_an_epoch_is_one_pass_over_the_real_images(name, preset):
 def test_best_is_of_the_baselines_kind_and_conditional_where_classes_help(name):
     config = make_config(name, "best")
     assert (config.image_size, config.image_channels, config.n_classes) == (28, 3, 8)
-    assert config.ema_decay > 0 and config.jpeg_quality == 75
+    # Diffusion learns JPEG's traces by itself.
+    assert config.ema_decay > 0 and config.jpeg_quality == (0 if name == "ddpm" else 75)
     model = config.build()
     assert model.config is config
     assert model.conditional == (name != "dcgan")

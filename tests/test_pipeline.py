@@ -1110,14 +1110,16 @@ def test_settings_of_the_sampler_are_measured_from_the_same_weights(make, monkey
     pipeline = make("ddpm", preset="best", warmup_images=0)  # at once far from its zero output
     pipeline.train()
     variants = [{"sampler": "heun", "sampling_steps": 3}, {"guidance_scale": 50.0}]
+    variants += [{"jpeg_quality": 10}]
     before = pipeline.kept_model().state_dict()
     rows = pipeline.measure_sampling(variants, n=16)
     own = pipeline.config
-    assert [row["sampler"] for row in rows] == [own.sampler, "heun", own.sampler]
-    assert [row["guidance_scale"] for row in rows] == [1, 1, 50]
+    assert [row["sampler"] for row in rows] == [own.sampler, "heun", own.sampler, own.sampler]
+    assert [row["guidance_scale"] for row in rows] == [1, 1, 50, 1]
+    assert [row["jpeg_quality"] for row in rows] == [0, 0, 0, 10]
     steps = own.sampling_steps
-    assert [row["evaluations"] for row in rows] == [steps, 5, 2 * steps]
-    assert len({row["kid"] for row in rows}) == 3 and all(row["kid_standard_error"] for row in rows)
+    assert [row["evaluations"] for row in rows] == [steps, 5, 2 * steps, steps]
+    assert len({row["kid"] for row in rows}) == 4 and all(row["kid_standard_error"] for row in rows)
     assert not differences(before, pipeline.kept_model().state_dict()) and pipeline.config == own
 
     # By hand: the same labels and noise through a pipeline whose config has the setting.
@@ -1237,6 +1239,59 @@ def test_a_finished_and_measured_run_is_taken_up_again(make, model, monkeypatch)
     monkeypatch.setattr(again.model, "training_step", None)
     again.train()
     assert again.evaluate() == json.loads(json.dumps(record))
+
+
+@pytest.mark.parametrize("file", ["checkpoint.pt", "weights.pt"])
+def test_a_finished_training_may_be_sampled_by_other_settings(make, monkeypatch, file):
+    settings = {"preset": "best", "validation_epochs": 1, "warmup_images": 0}
+    pipeline = make("ddpm", **settings)
+    pipeline.train()
+    for other in {"checkpoint.pt", "weights.pt"} - {file}:
+        (pipeline.out / other).unlink()
+    changes = {"sampler": "heun", "jpeg_quality": 75, "guidance_scale": 2.0}
+    again = make("ddpm", **settings, **changes)
+    monkeypatch.setattr(again.model, "training_step", None)
+    again.train()
+    record = again.evaluate()
+    assert not differences(again.kept_model().state_dict(), pipeline.kept_model().state_dict())
+    assert record["history"] == pipeline.history
+    # What its validation drew is told, by whichever file it is taken up the next time.
+    own = {name: getattr(pipeline.config, name) for name in changes}
+    assert record["validated_with"] == own and {**record["config"], **changes} == record["config"]
+    third = make("ddpm", **settings, **changes)
+    third.train()
+    assert third.validated_with == pipeline.validated_with != {}
+    assert record["weights_key"] != pipeline.weights_key()
+    shutil.rmtree(pipeline.out)
+    pipeline = make("ddpm", **settings)
+    pipeline.train()
+    assert "validated_with" not in pipeline.evaluate()
+
+
+def test_what_changes_a_training_or_is_half_done_is_another_run(make, monkeypatch, bad_input):
+    monkeypatch.setattr(GenerativePipeline, "save_weights", lambda self: None)
+    settings = {"preset": "best", "epochs": 1}
+    pipeline = make("ddpm", **settings)
+    pipeline.train()
+    with bad_input("p_std (1.2 there, 1.0 here)"):
+        make("ddpm", **settings, p_std=1.0).train()
+    state = torch.load(pipeline.checkpoint_path, weights_only=True)
+    torch.save({**state, "training": None}, pipeline.checkpoint_path)
+    with bad_input("sampler ('dpm_solver_2m' there, 'heun' here)"):
+        make("ddpm", **settings, sampler="heun").train()
+
+
+@pytest.mark.parametrize("preset", ["quick", "best"])
+def test_the_settings_of_sampling_do_nothing_to_the_training(make, preset):
+    """Without a validation, which may choose another step."""
+    changes = {"sampler": "ddim", "sampling_steps": 3, "variance": "posterior"}
+    changes |= {"sigma_min": 0.1, "sigma_max": 9.0, "rho": 3.0, "guidance_scale": 2.0}
+    changes |= {"jpeg_quality": 75, "jpeg_chroma": "mean"}
+    plain = make("ddpm", out="plain", preset=preset, validation_epochs=0)
+    changes = {name: changes[name] for name in plain.config.SAMPLING}
+    other = make("ddpm", out="other", preset=preset, **{**changes, "validation_epochs": 0})
+    plain.train(), other.train()
+    assert not differences(plain.model.state_dict(), other.model.state_dict())
 
 
 def test_too_few_images_to_measure_by_are_told_before_the_training(make, bad_input):
