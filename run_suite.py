@@ -14,6 +14,7 @@ one is named at the end with its cause while the others go on. Exit code 0: all 
 import argparse
 import ast
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -386,6 +387,22 @@ def _ablation_folder(options: argparse.Namespace, row: Ablation) -> Path:
     slug = re.sub("[^a-z0-9.]+", "-", row.name.lower())
     grid = options.out / "ablations" / options.ablations
     return grid / f"{row.model}-{row.preset}-{slug}"
+
+
+def share_weights(options: argparse.Namespace) -> None:
+    """Give rows that change nothing but the sampling the weights of the suite's runs, where kept.
+
+    Their trainings would be the same.
+    """
+    for row in GRIDS[options.ablations]:
+        sampling = {*make_config(row.model, row.preset).SAMPLING}
+        if row.model not in options.models or not row.settings or row.settings.keys() - sampling:
+            continue
+        for seed in range(options.seeds):
+            weights = run_folder(options.out, row.model, row.preset, seed) / "weights.pt"
+            copy = _ablation_folder(options, row) / f"seed{seed}" / "weights.pt"
+            if weights.is_file() and not copy.exists():
+                write_atomically(copy, functools.partial(shutil.copyfile, weights))
 
 
 def ablation_records(options: argparse.Namespace) -> list[tuple[Ablation, list[dict]]]:
@@ -897,6 +914,7 @@ def main(arguments: list[str] | None = None) -> int:
         done, to_do = plan_study(options)
     elif options.ablations:
         ablation_records(options)  # a run of other settings is told now, not after the trainings
+        share_weights(options)
         done, to_do = plan(ablation_tasks(options))
     else:
         records = records_to_remeasure(options) if options.remeasure else []

@@ -69,6 +69,7 @@ BEST = (
     Ablation("best", "cvae", "best"),
     Ablation("normal prior", "cvae", "best", {"fitted_prior": False}, "N(0, I), not fitted"),
     Ablation("temperature 1", "cvae", "best", {"temperature": 1.0}, "draws as the model says"),
+    Ablation("temperature 0", "cvae", "best", {"temperature": 0.0}, "means, without a texture"),
     Ablation("no warm-up", "cvae", "best", {"kl_warmup_images": 0}, "whole KL from the start"),
     Ablation("no EMA", "cvae", "best", {"ema_decay": 0.0}, "the last weights, not their mean"),
     Ablation("best", "dcgan", "best"),

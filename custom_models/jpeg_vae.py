@@ -41,6 +41,7 @@ class Config(ModelConfig):
     jpeg_chroma: str = "mean"  # how its files halve colours: mean or dct, as in `layers.JPEG`
     JPEG_ELSEWHERE: ClassVar[int] = 95  # jpeg_quality for data that was not stored as JPEG
     LATER: ClassVar[dict] = {"jpeg_chroma": "mean"}
+    SAMPLING: ClassVar[tuple] = ("fitted_prior", "temperature")
     lr: float = 1e-3  # step size of Adam
     batch_size: int = 64
     epochs: int = 12
@@ -180,13 +181,11 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def fit_prior(self, images: Tensor, labels: Tensor) -> None:
-        """Fit each class's Gaussian to the latents of its training cells, if so configured.
+        """Fit each class's Gaussian to the latents of its training cells.
 
         images: uint8 [N, 3, S, S], of which a few at a time are made float32. A class without
         cells keeps what it has.
         """
-        if not self.config.fitted_prior:
-            return
         parts = zip(images.split(256), self.condition(labels).split(256), strict=True)
         latents = [self.encoder(to_model_range(part), told) for part, told in parts]
         means, log_variances = (torch.cat(part).double() for part in zip(*latents, strict=True))
@@ -220,9 +219,10 @@ class Model(nn.Module):
         other, to their noise.
         """
         config = self.config
-        latents = self.prior_mean[labels] + (self.prior_factor[labels] @ noise[..., None]).squeeze(
-            2
-        )
+        latents = noise
+        if config.fitted_prior:
+            spread = (self.prior_factor[labels] @ noise[..., None]).squeeze(2)
+            latents = self.prior_mean[labels] + spread
         coefficients = [
             (mean + config.temperature * log_scale.exp() * draw(mean.shape)).round()
             for mean, log_scale in self.decode(latents, labels)

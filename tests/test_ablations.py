@@ -14,7 +14,7 @@ from custom_models.ablations import GRIDS, Ablation
 from evaluation import figures
 from evaluation.protocol import Protocol
 from evaluation.tables import ablation_table, write_ablation_table
-from generative_pipeline import GenerativePipeline
+from generative_pipeline import GenerativePipeline, run_folder
 from run_suite import Runner
 
 PROTOCOL = Protocol(
@@ -322,6 +322,25 @@ def test_a_grid_is_run_once(suite, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "8 runs: 8 finished before, 0 to do" in out and "ablations/tiny/table.md" in out
     assert (tmp_path / "ablations" / "tiny" / "ablations.png").stat().st_size > 0
+
+
+def test_a_row_that_changes_the_sampling_alone_has_the_suites_weights(suite, monkeypatch, tmp_path):
+    changes = {"flat": {"temperature": 0.0}, "short": {"temperature": 0.0, "epochs": 1}}
+    rows = [Ablation(name, "cvae", "best", settings) for name, settings in changes.items()]
+    monkeypatch.setitem(GRIDS, "tiny", (Ablation("best", "cvae", "best"), *rows))
+    kept = run_folder(tmp_path, "cvae", "best", 1) / "weights.pt"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"weights")
+    monkeypatch.setattr(run_suite, "plan", lambda rows: ([], []))
+    suite("--ablations", "tiny")
+    grid = tmp_path / "ablations" / "tiny"
+    (copy,) = grid.rglob("weights.pt")
+    assert copy == grid / "cvae-best-flat" / "seed1" / "weights.pt"
+    assert copy.read_bytes() == b"weights"
+    # What is there stays.
+    copy.write_bytes(b"its own")
+    suite("--ablations", "tiny")
+    assert copy.read_bytes() == b"its own"
 
 
 def test_the_suites_runs_are_the_baseline(suite, monkeypatch):

@@ -269,11 +269,14 @@ def test_samples_come_from_the_prior_of_their_class(monkeypatch):
     torch.testing.assert_close(seen[1].T.cov(), torch.eye(2), atol=0.1, rtol=0)
 
 
-def test_without_a_fitted_prior_latents_stay_normal():
+def test_without_the_fitted_prior_latents_stay_normal(monkeypatch):
     model, (images, labels) = build(fitted_prior=False), batch()
     model.fit_prior(to_uint8(images), labels)
-    assert not model.prior_mean.any()
-    assert torch.equal(model.prior_factor[0], torch.eye(4))
+    assert model.prior_mean.any()
+    seen, decode = [], model.decode
+    monkeypatch.setattr(model, "decode", lambda z, y: seen.append(z) or decode(z, y))
+    model.sample(labels, noise())
+    assert torch.equal(seen[0], torch.randn(len(labels), 4, generator=noise()))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
