@@ -226,6 +226,49 @@ def test_larger_cells_appear_with_their_rows(copy):
     assert "PBC at 64 pixels" not in words(copy)
 
 
+def test_digits_appear_with_their_records(copy):
+    shutil.rmtree(copy / "results/mnist28", ignore_errors=True)
+    folder = copy / "results/mnist28"
+    assert "Digits are not cells" not in words(copy)
+
+    def rows_of(name: str) -> list[dict]:
+        with open(copy / "results" / name, newline="") as file:
+            rows = list(csv.DictReader(file))
+        best = [r for r in rows if (r["model"], r["preset"]) == ("cwgan_gp", "best")]
+        best = [r | {"model": "cgan", "preset": "baseline"} for r in best]
+        return [r | {"dataset": "MNIST"} for r in rows if not r["seeds"]] + best
+
+    record = json.loads((copy / "results/runs/cwgan_gp-best/seed0/record.json").read_text())
+    record |= {"images_seen": 123456, "device": "an abacus"}
+    record["config"] |= {"latent_dim": 97, "base_channels": 31, "lr": 0.0078}
+    run = folder / "runs/cgan-baseline/seed0"
+    run.mkdir(parents=True)
+    (run / "record.json").write_text(json.dumps(record))
+    floor, row = rows_of("results.csv")
+    row |= {"dataset": "MNIST", "agreement_mean": "0.4321", "frechet_mean": "234.56", "seeds": "1"}
+    row |= {"agreement_sd": "", "copies_verdict": "copies (5)"}
+    write_rows(folder / "results.csv", [floor, row])
+    text = words(copy)
+    for part in ("97 latents and 31 channels", "learning rate of 0.0078", "123,456 images seen"):
+        assert part in text
+    for part in ("on an abacus", "asked for in 0.432 of", "234.6", "copies (5)", "in one training"):
+        assert part in text
+    assert "test digits were at hand" not in text and "By digit" not in text
+
+    classes = rows_of("results_per_class.csv")
+    classes[-1] |= {"class": "5", "agreement_mean": "0.1234"}
+    write_rows(folder / "results_per_class.csv", classes)
+    write_rows(folder / "results.csv", [floor, row | {"dataset": "MNIST (test digits)"}])
+    Image.new("RGB", (20, 10)).save(run / "samples.png")
+    text = words(copy)
+    assert "between 0.123 (digit 5)" in text and "test digits were at hand" in text
+    assert "Digits, not cells" in text
+
+    (run / "record.json").unlink()
+    with pytest.raises(InputError, match="results/mnist28/runs/cgan-baseline/ holds 0 of the 1"):
+        build.compile_paper(copy)
+
+
 def test_ablations_appear_with_their_rows(copy):
     folder = copy / "results/ablations/published"
     folder.mkdir(parents=True, exist_ok=True)
