@@ -12,7 +12,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFor
 from PIL import Image
 
 from evaluation.copies import Suspects
-from utils import ImageSet, InputError, make_grid, write_atomically
+from utils import ImageSet, InputError, in_words_of, make_grid, write_atomically
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -85,7 +85,7 @@ def neighbours(images: torch.Tensor, nearest: torch.Tensor) -> Figure:
     """
     return _side_by_side(
         [images, nearest.flatten(0, 1)],
-        ["generated", "nearest training cells"],
+        ["generated", "nearest training images"],
         [],
         columns=[1, nearest.shape[1]],
     )
@@ -424,7 +424,7 @@ def suspicious_pairs(suspects: Suspects) -> Figure:
     rows = -(-len(suspects.rows) // 3)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 1.05 * rows + 0.4), layout="constrained")
-        figure.suptitle("each: generated – nearest training cell – nearest held-out cell", size=9)
+        figure.suptitle("each: generated – nearest training image – nearest held-out one", size=9)
         axes = figure.subplots(rows, 3, squeeze=False).flatten()
         for axis in axes:
             axis.axis("off")
@@ -715,7 +715,8 @@ def recalls(rows: list[dict]) -> Figure:
         for number, row in enumerate(rows):
             means = [row[name] for name in names]
             if number == 0:
-                axis.hlines(means, places - 0.35, places + 0.35, "black", label=row["model"])
+                label = in_words_of(row["dataset"], row["model"])
+                axis.hlines(means, places - 0.35, places + 0.35, "black", label=label)
                 continue
             offset = 0.5 * (number / len(rows) - 0.5)
             sds = [row[f"recall {kind}_sd"] or 0 for kind in kinds]
@@ -724,7 +725,7 @@ def recalls(rows: list[dict]) -> Figure:
             axis.errorbar(places + offset, means, sds, fmt="o", color=colour, label=label)
         axis.set_xticks(places, kinds, rotation=35, ha="right", rotation_mode="anchor")
         axis.set_ylim(0, 1.03)
-        axis.set_ylabel("recall on real test cells")
+        axis.set_ylabel(in_words_of(rows[0]["dataset"], "recall on real test cells"))
         figure.legend(title="trained on", loc="outside right upper", fontsize=8)
     return figure
 
