@@ -191,6 +191,14 @@ def whole_numbers(words: str) -> tuple[int, ...]:
         ) from None
 
 
+def as_typed(sentence: str, arguments: list[str]) -> str:
+    """A refusal that begins with a setting's name, with the name that the setting was given by."""
+    name = sentence.partition(" ")[0]
+    options = [argument.partition("=")[0] for argument in arguments]
+    given = [o for o in options if o in (f"--{name}", f"--{PUBLISHED_NAMES.get(name)}")]
+    return given[-1].removeprefix("--") + sentence.removeprefix(name) if given else sentence
+
+
 def find_data(options: argparse.Namespace) -> tuple[str, str | Path | None]:
     """Name and root of the data set that was asked for, as `load_dataset` takes them."""
     if options.data_dir is None:
@@ -222,22 +230,25 @@ def train(arguments: list[str]) -> None:
     size = options.image_size
     if size is None:
         size = usual_image_size(model, preset, dataset)
-    pipeline = GenerativePipeline(
-        model,
-        preset=preset,
-        dataset=dataset,
-        seed=seed,
-        out=options.out or default_folder(dataset, root, size, model, preset, seed),
-        data_root=root,
-        extractor=options.extractor,
-        device=options.device,
-        precision=options.precision,
-        checkpoint_path=options.checkpoint_path,
-        log_dir=options.log_dir,
-        compile=options.compile,
-        image_size=size,
-        **settings,
-    )
+    try:
+        pipeline = GenerativePipeline(
+            model,
+            preset=preset,
+            dataset=dataset,
+            seed=seed,
+            out=options.out or default_folder(dataset, root, size, model, preset, seed),
+            data_root=root,
+            extractor=options.extractor,
+            device=options.device,
+            precision=options.precision,
+            checkpoint_path=options.checkpoint_path,
+            log_dir=options.log_dir,
+            compile=options.compile,
+            image_size=size,
+            **settings,
+        )
+    except InputError as error:
+        raise InputError(as_typed(str(error), arguments)) from None
     if options.per_class and not pipeline.model.conditional:
         raise InputError(f"{model} can't be asked for a class; leave --per_class out")
     if options.per_class < 0 or options.per_class == 1:

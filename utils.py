@@ -297,6 +297,18 @@ def usual_size(name: str) -> int:
     return USUAL_SIZE[_kind_and_attribute(name)[0]]
 
 
+# By the beginning of an `ImageSet`'s name; the images of all others are taken for cells.
+SHOWN = {"MNIST": "digit", "CelebA": "face"}
+
+
+def in_words_of(dataset: str, text: str) -> str:
+    """A text about cells, made for the data set of this name: about digits if it is MNIST."""
+    for name, shown in SHOWN.items():
+        if dataset.startswith(name):
+            return re.sub(r"\bcell(s?)\b", rf"{shown}\1", text)
+    return text
+
+
 def _kind_and_attribute(name: str) -> list[str]:
     """`celeba:Smiling` → ["celeba", "Smiling"]; the other data sets have no attribute."""
     kind, *attribute = name.split(":", 1)

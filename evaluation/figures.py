@@ -12,7 +12,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFor
 from PIL import Image
 
 from evaluation.copies import Suspects
-from utils import ImageSet, InputError, make_grid, write_atomically
+from utils import ImageSet, InputError, in_words_of, make_grid, write_atomically
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -26,6 +26,9 @@ STYLE = {
 }
 PER_CLASS = 8
 IN_ALL = 64
+TILE = 0.45  # inches, of one image in a grid
+# An image of more than SMALL pixels hides its detail in a tile of fewer than CLEAR dots.
+SMALL, CLEAR = 32, 110
 
 
 def log_scale(axis, which: str, formatter="{x:,.9g}") -> None:
@@ -38,13 +41,27 @@ def log_scale(axis, which: str, formatter="{x:,.9g}") -> None:
 
 
 def save(figure: Figure, path: str | Path) -> None:
-    """Write the figure as a PNG, whole or not at all; equal figures give equal bytes."""
+    """Write the figure as a PNG, whole or not at all; equal figures give equal bytes.
+
+    In the usual resolution, or in the figure's own, if that is finer.
+    """
 
     def write(partial: Path) -> None:
-        figure.savefig(partial, format="png", bbox_inches="tight", metadata={"Software": None})
+        dpi = max(matplotlib.rcParams["savefig.dpi"], figure.dpi)
+        metadata = {"Software": None}
+        figure.savefig(partial, format="png", dpi=dpi, bbox_inches="tight", metadata=metadata)
 
     with matplotlib.rc_context(STYLE):
         write_atomically(path, write)
+
+
+def _dpi(images: torch.Tensor) -> float | None:
+    """Dots an inch that show each pixel of larger images, [N, C, S, S]; None: the usual ones."""
+    size = images.shape[-1]
+    if size <= SMALL:
+        return None
+    zoom = math.ceil(CLEAR / size)
+    return zoom * (size + 1) / TILE  # with the line between two images
 
 
 def real_and_generated(real: ImageSet, fakes: torch.Tensor, by_class: bool, title: str) -> Figure:
@@ -85,7 +102,7 @@ def neighbours(images: torch.Tensor, nearest: torch.Tensor) -> Figure:
     """
     return _side_by_side(
         [images, nearest.flatten(0, 1)],
-        ["generated", "nearest training cells"],
+        ["generated", "nearest training images"],
         [],
         columns=[1, nearest.shape[1]],
     )
@@ -103,7 +120,8 @@ def _side_by_side(
     lines = 1 + max(title.count("\n") for title in titles)
     above = 0.15 + 1.3 * lines * title_size / 72  # inches
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(0.45 * sum(columns) + 1.2, 0.45 * rows + above))
+        size = TILE * sum(columns) + 1.2, TILE * rows + above
+        figure = Figure(figsize=size, dpi=_dpi(parts[0]))
         axes = figure.subplots(1, len(parts), width_ratios=columns, squeeze=False)[0]
         for axis, images, title, width in zip(axes, parts, titles, columns, strict=True):
             axis.imshow(make_grid(images, columns=width, zoom=4), interpolation="nearest")
@@ -130,7 +148,7 @@ def class_examples(data: ImageSet) -> Figure:
     """The first images of each class."""
     rows = -(-len(data.classes) // 4)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8, 1.3 * rows), layout="constrained")
+        figure = Figure(figsize=(8, 1.3 * rows), dpi=_dpi(data.images), layout="constrained")
         axes = figure.subplots(rows, 4, squeeze=False).flatten()
         for axis in axes:
             axis.axis("off")
@@ -424,7 +442,7 @@ def suspicious_pairs(suspects: Suspects) -> Figure:
     rows = -(-len(suspects.rows) // 3)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 1.05 * rows + 0.4), layout="constrained")
-        figure.suptitle("each: generated – nearest training cell – nearest held-out cell", size=9)
+        figure.suptitle("each: generated – nearest training image – nearest held-out one", size=9)
         axes = figure.subplots(rows, 3, squeeze=False).flatten()
         for axis in axes:
             axis.axis("off")
@@ -715,7 +733,8 @@ def recalls(rows: list[dict]) -> Figure:
         for number, row in enumerate(rows):
             means = [row[name] for name in names]
             if number == 0:
-                axis.hlines(means, places - 0.35, places + 0.35, "black", label=row["model"])
+                label = in_words_of(row["dataset"], row["model"])
+                axis.hlines(means, places - 0.35, places + 0.35, "black", label=label)
                 continue
             offset = 0.5 * (number / len(rows) - 0.5)
             sds = [row[f"recall {kind}_sd"] or 0 for kind in kinds]
@@ -724,7 +743,7 @@ def recalls(rows: list[dict]) -> Figure:
             axis.errorbar(places + offset, means, sds, fmt="o", color=colour, label=label)
         axis.set_xticks(places, kinds, rotation=35, ha="right", rotation_mode="anchor")
         axis.set_ylim(0, 1.03)
-        axis.set_ylabel("recall on real test cells")
+        axis.set_ylabel(in_words_of(rows[0]["dataset"], "recall on real test cells"))
         figure.legend(title="trained on", loc="outside right upper", fontsize=8)
     return figure
 

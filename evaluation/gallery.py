@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from evaluation.protocol import Protocol
 from evaluation.tables import BUDGETS, collect, record_paths, results_table, run_table
-from utils import InputError, exit_on_bad_input, write_text
+from utils import InputError, exit_on_bad_input, in_words_of, write_text
 
 PAGE, MADE_BY = "README.md", "Made by `python -m evaluation.gallery`"
 COMPARISONS = {
@@ -87,7 +87,9 @@ def gallery(results: str | Path) -> str:
         *_other_data_sets(results),
         *_others(results),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    datasets = {row["dataset"] for row, _ in runs}
+    return in_words_of(datasets.pop(), text) if len(datasets) == 1 else text
 
 
 def write_gallery(results: str | Path) -> Path:

@@ -13,7 +13,7 @@ from evaluation.features import Extractor, extract
 from evaluation.frechet import frechet_distance, gaussian_statistics
 from evaluation.protocol import Protocol, measure
 from evaluation.tables import number
-from utils import ImageSet, InputError
+from utils import ImageSet, InputError, in_words_of
 
 VERSION = 1  # raise it when a class's row has other numbers than before
 N = 2000  # generated images of a class; of its real cells at most as many
@@ -191,7 +191,7 @@ def per_class_markdown(record: dict) -> str:
         "whatever n is. Those distances hold much sampling error; set them beside numbers that "
         "were published under that protocol, and beside no other column."
     )
-    return "\n".join(lines) + f"\n\n{words}\n"
+    return in_words_of(rules["dataset"], "\n".join(lines) + f"\n\n{words}\n")
 
 
 def _mean_cell(mean: dict, form: str) -> str:

@@ -20,6 +20,7 @@ from utils import (
     exit_on_bad_input,
     files_below,
     find_duplicates,
+    in_words_of,
     write_atomically,
     write_text,
 )
@@ -257,6 +258,7 @@ def _class_row(model: str, preset: str, group: list[tuple[dict, dict]]) -> dict:
     return {
         "model": model,
         "preset": preset,
+        "dataset": first["protocol"]["dataset"],
         "class": kind,
         "seeds": None if model == REAL else len(group),
         "n_real": n_real,
@@ -274,8 +276,12 @@ def _of(row: dict, *names: str) -> tuple:
 
 
 def write_per_class_table(rows: list[dict], folder: str | Path, stem: str) -> None:
-    """Write the rows of `per_class_table` as `stem`.csv and `stem`.md into `folder`."""
-    write_rows(rows, per_class_markdown(rows) + "\n", Path(folder) / stem)
+    """Write the rows of `per_class_table` as `stem`.csv and `stem`.md into `folder`.
+
+    The CSV leaves out the data set, which stands in that of `write_table` beside it.
+    """
+    numbers = [{name: row[name] for name in row if name != "dataset"} for row in rows]
+    write_rows(numbers, per_class_markdown(rows) + "\n", Path(folder) / stem)
 
 
 def per_class_markdown(rows: list[dict]) -> str:
@@ -305,7 +311,7 @@ def per_class_markdown(rows: list[dict]) -> str:
             "frequencies. "
         )
     text += "Fréchet distances are left out: the classes have too few images for them."
-    return "\n".join([*lines, "", text])
+    return "\n".join([*lines, "", in_words_of(rows[0]["dataset"], text)])
 
 
 def ablation_table(runs: list[tuple[Ablation, list[dict]]]) -> list[dict]:
@@ -426,7 +432,8 @@ def metrics_table(metrics: dict) -> str:
         shown = ", ".join(f"{ceilings[kind]:.0f} for {kind.replace('_', ' ')}" for kind in ceilings)
         words.append(f"{name} of generators that have learned nothing (ceiling): {shown}.")
     if "copies" in metrics:
-        words.append(f"Copies of training cells: {metrics['copies']['verdict']}.")
+        text = in_words_of(metrics["protocol"]["dataset"], "Copies of training cells")
+        words.append(f"{text}: {metrics['copies']['verdict']}.")
     words += [f"{warning}." for warning in metrics["warnings"]]
     return "\n".join(lines) + "\n\n" + " ".join(words)
 
@@ -751,7 +758,7 @@ def _markdown(rows: list[dict]) -> str:
         n_domain = max(row["n_domain"] or 0 for row in rows)
         words = [TRUST_WORDS[c.name].split(": ", 1) for c in trust if c.name in TRUST_WORDS]
         lines = [f"- **{name}**: {meaning}" for name, meaning in words]
-        parts.append("\n".join(lines).format(n_domain=n_domain))
+        parts.append(in_words_of(rows[0]["dataset"], "\n".join(lines).format(n_domain=n_domain)))
     machines = sorted({name for row in rows for name in row["trained_on"].split("; ") if name})
     if len(machines) > 1:
         words = "Not all were trained on the same device or in the same precision"
@@ -816,7 +823,8 @@ def _one_table(
         cells = [*(about[title] or "–" for title in training), *cells]
         words = row["copies_verdict"] or "–"
         if row["nearer_than_real"]:
-            words += f"; nearer than real cells by {row['nearer_than_real']}"
+            nearer = in_words_of(row["dataset"], "nearer than real cells")
+            words += f"; {nearer} by {row['nearer_than_real']}"
         text = " | ".join(cells + [words] * verdict)
         lines.append(f"| {row['model']} | {row['preset'] or '–'} | {seeds} | {text} |")
     return "\n".join(lines)

@@ -15,7 +15,7 @@ import torch
 from evaluation import classification, figures
 from evaluation.augmentation import BATCH_SIZE, LR, SCORES, TITLES, VERSION
 from evaluation.tables import mean_and_sd, reduced_shortfall, write_rows
-from utils import ImageSet, InputError, seed_everything, write_text
+from utils import ImageSet, InputError, in_words_of, seed_everything, write_text
 
 CLASSIFIER, UPDATES = "cnn", 3000
 REAL = "real cells"
@@ -192,7 +192,7 @@ def markdown(rows: list[dict]) -> str:
         text += _table(titles, group, cells) + f"\n{words}\n\nRecall of each class:\n\n"
         cells = [[_cell(row, f"recall {kind}") for kind in kinds] for row in group]
         text += _table(kinds, group, cells) + "\n"
-    return text.removesuffix("\n")
+    return in_words_of(first["dataset"], text.removesuffix("\n"))
 
 
 def _table(titles: list[str], rows: list[dict], cells: list[list[str]]) -> str:

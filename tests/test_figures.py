@@ -123,6 +123,22 @@ def test_a_class_with_few_images_keeps_its_own_row():
     assert tiles[2].tolist() == [20] * 8
 
 
+@pytest.mark.parametrize(
+    ("size", "least", "most"), [(28, 60, 70), (33, 125, 140), (64, 120, 135), (128, 120, 135)]
+)
+def test_larger_images_are_shown_in_more_dots(size, least, most, tmp_path):
+    black = torch.zeros(28, 3, size, size, dtype=torch.uint8)
+    figures.save(figures.comparison({"a": black}), tmp_path / "a.png")
+    picture = np.asarray(Image.open(tmp_path / "a.png").convert("L"))
+    dark = (picture[int(0.9 * len(picture))] < 128).sum()  # through the last row
+    assert least <= dark / 4 <= most
+    real = ImageSet("a", "test", black[:16], torch.arange(2).repeat(8), ("a", "b"))
+    figures.save(figures.class_examples(real), tmp_path / "b.png")
+    picture = np.asarray(Image.open(tmp_path / "b.png").convert("L"))
+    dark = (picture < 128).sum(1).max() / 8  # two blocks of four
+    assert least <= dark <= 1.2 * most
+
+
 # ---------------------------------------------------------------------------------------------
 # Grids of the same noise, as training goes on
 # ---------------------------------------------------------------------------------------------

@@ -59,6 +59,18 @@ def test_the_kept_page_is_up_to_date():
     )
 
 
+@pytest.mark.parametrize("name", ["mnist28", "pbc64"])
+def test_pages_of_other_data_sets_are_up_to_date_and_name_what_they_show(name):
+    text = (RESULTS / name / "README.md").read_text(encoding="utf-8")
+    assert text == gallery.gallery(RESULTS / name), (
+        f"run `python -m evaluation.gallery results/{name}`"
+    )
+    shown, other = ("digit", "cell") if name.startswith("mnist") else ("cell", "digit")
+    assert f"lie nearest to a training {shown}, " in text
+    assert f"Copies of training {shown}s: " in text or "Numbers: not measured" in text
+    assert f"training {other}" not in text
+
+
 def test_every_link_of_the_kept_page_leads_somewhere():
     text = PAGE.read_text(encoding="utf-8")
     headings = [line.lstrip("# ") for line in text.splitlines() if line.startswith("#")]

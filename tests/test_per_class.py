@@ -194,6 +194,15 @@ def test_published_numbers_stand_only_beside_fids_of_the_same_data(sets, extract
     assert table["**mean**"][-1] == "111.5"
 
 
+def test_the_table_of_digits_speaks_of_digits(sets, eight):
+    record = per_class.evaluate_per_class(*draw(10), sets, eight)
+    text = per_class.per_class_markdown(record)
+    assert "KID, held-out cells" in text and "digit" not in text
+    record["protocol"]["dataset"] = "MNIST (test digits)"
+    text = per_class.per_class_markdown(record)
+    assert "KID, held-out digits" in text and "cell" not in text
+
+
 def test_the_figure_shows_the_first_images_of_each_class_with_their_distances(sets, eight):
     images, labels = draw(10)
     record = per_class.evaluate_per_class(images, labels, sets, eight)

@@ -353,6 +353,30 @@ def test_images_nearer_to_training_cells_than_real_ones_are_told(authpct, ct, wo
     assert (told in (tmp_path / "t.md").read_text()) == bool(words)
 
 
+def test_tables_of_other_images_name_what_they_show(tmp_path):
+    one, classes = record(0), {"basophil": {"n": 5, "agreement": 0.75}}
+    found = {"class": "basophil", "n_real": 9, "n_fake": 3, "kid": 1, "precision": 1, "recall": 1}
+    one["metrics"]["copies"] = {"verdict": "no sign of copies", "authpct": 70.0, "ct": -9.0}
+    one["metrics"]["agreement"] = {"agreement": 0.9, "per_class": classes}
+    one["metrics"]["agreement"]["classifier_sha256"] = "0"
+    one["metrics"]["per_class"] = [found]
+    floor = metrics(18.0) | {"copies": {"ct": 0.0, "verdict": "no sign of copies"}}
+    one["metrics"]["floor"] = floor
+    for dataset, word in {"MNIST": "digit", "CelebA (Smiling)": "face", "PBC": "cell"}.items():
+        one["dataset"]["name"] = dataset
+        for part in (one["metrics"], floor):
+            part["protocol"] = PROTOCOL | {"dataset": dataset}
+        write_table(results_table([one], floor), tmp_path, "t")
+        write_per_class_table(per_class_table([one]), tmp_path, "classes")
+        text = (tmp_path / "t.md").read_text()
+        assert f"nearer than real {word}s by C_T" in text and f"of real train {word}s" in text
+        each = (tmp_path / "classes.md").read_text()
+        assert f"train {word}s of that class" in each
+        whole = metrics_table(one["metrics"])
+        assert f"Copies of training {word}s: no sign of copies." in whole
+        assert word == "cell" or "cell" not in text + each + whole
+
+
 def test_the_floor_is_that_of_the_record_that_knows_most():
     old, new = {"kid": 1.0}, {"kid": 1.0, "copies": {}}
     records = [record(seed) for seed in range(3)]

@@ -214,7 +214,20 @@ def test_cuda_without_a_gpu(command, tmp_path, monkeypatch, capsys):
 
 def test_without_a_model_it_is_the_published_one(monkeypatch, capsys):
     code = run_here(["train.py", "--critic_step", "0"], monkeypatch)
-    check_refusal(code, *capsys.readouterr(), "critic_steps must be at least 1, got 0")
+    check_refusal(code, *capsys.readouterr(), "error: critic_step must be at least 1, got 0")
+
+
+@pytest.mark.parametrize("option", [*PUBLISHED_NAMES, *PUBLISHED_NAMES.values(), "embed_size"])
+def test_a_refused_setting_has_the_name_that_was_typed(option, monkeypatch, capsys):
+    code = run_here(["train.py", f"--{option}=-3"], monkeypatch)
+    check_refusal(code, *capsys.readouterr(), f"error: {option} must be ")
+    code = run_here(["train.py", f"--{option.replace('_', '-')}", "-3"], monkeypatch)
+    check_refusal(code, *capsys.readouterr(), f"error: {option} must be ")
+
+
+def test_of_two_names_the_last_one_counts(monkeypatch, capsys):
+    code = run_here(["train.py", "--critic_step=2", "--critic_steps=0"], monkeypatch)
+    check_refusal(code, *capsys.readouterr(), "error: critic_steps must be at least 1, got 0")
 
 
 def test_an_extractor_that_is_no_torchscript(command, tmp_path, monkeypatch, capsys):

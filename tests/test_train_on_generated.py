@@ -93,6 +93,17 @@ def test_the_table_is_made_from_records(tmp_path):
     assert "reduced" not in text
 
 
+def test_the_report_on_digits_speaks_of_digits():
+    runs = [made_run("cgan", 0, 0.8)]
+    runs[0][0]["dataset"]["name"] = "MNIST"
+    rows = compare(runs)
+    text = module.markdown(rows)
+    assert "| real digits | 1 | " in text and "4 real digits" in text and "cell" not in text
+    figure = module.figures.recalls(rows)
+    assert figure.axes[0].get_ylabel() == "recall on real test digits"
+    assert figure.legends[0].get_texts()[0].get_text() == "real digits"
+
+
 def test_reduced_budgets_have_a_table_of_their_own():
     runs = [made_run("cvae", 0, 0.2), *(made_run("ddpm", i, 0.8, "reduced") for i in range(3))]
     text = module.markdown(compare(runs))
