@@ -32,10 +32,15 @@ SMALL, CLEAR = 32, 110
 
 
 def log_scale(axis, which: str, formatter="{x:,.9g}") -> None:
-    """Make "x" or "y" of an axis logarithmic, with marks at 1, 2 and 5 times powers of ten."""
+    """Make "x" or "y" of an axis logarithmic, with marks at 1, 2 and 5 times powers of ten.
+
+    More of them where what was drawn before spans less than a factor of five.
+    """
     getattr(axis, f"set_{which}scale")("log")
     scale = getattr(axis, f"{which}axis")
-    scale.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = scale.get_view_interval()
+    subs = (1, 2, 5) if high > 5 * low else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+    scale.set_major_locator(LogLocator(subs=subs))
     scale.set_major_formatter(formatter)
     scale.set_minor_locator(NullLocator())
 

@@ -398,6 +398,12 @@ def run_table(record: dict) -> str:
     """One run's numbers beside the floor and the ceiling, and their rules, as Markdown."""
     metrics, rules = record["metrics"], record["metrics"]["protocol"]
     asked = rules["label_distribution"] if "per_class" in metrics else "of whatever class they are"
+    other = [f"`{name}` {value}" for name, value in record.get("validated_with", {}).items()]
+    validated = (
+        f" In training, validation KID was taken of images drawn with {', '.join(other)}."
+        if other
+        else ""
+    )
     return f"""
 {metrics_table(metrics)}
 
@@ -405,7 +411,7 @@ def run_table(record: dict) -> str:
 {rules["n_real"]:,} of the {rules["reference_split"]} split of {rules["dataset"]}; features:
 {rules["extractor"]}, {rules["feature_dim"]} dimensions. Budget: **{record["budget"]}**,
 {record["images_seen"]:,} images seen (epochs: {record["config"]["epochs"]}) in
-{record["seconds"] / 60:.1f} minutes on {record["device"]}, seed {record["seed"]}.
+{record["seconds"] / 60:.1f} minutes on {record["device"]}, seed {record["seed"]}.{validated}
 """
 
 
