@@ -174,6 +174,7 @@ def _read_run(run: Path) -> tuple[dict[str, torch.Tensor], dict]:
     of_record = {
         **record,
         **record["config"],
+        **record.get("validated_with", {}),  # what the weights' file still says of sampling
         "dataset_sha256": record["dataset"]["sha256"],
         "code_version": record.get("versions", {}).get("code"),
     }
