@@ -399,11 +399,9 @@ def run_table(record: dict) -> str:
     metrics, rules = record["metrics"], record["metrics"]["protocol"]
     asked = rules["label_distribution"] if "per_class" in metrics else "of whatever class they are"
     other = [f"`{name}` {value}" for name, value in record.get("validated_with", {}).items()]
-    validated = (
-        f" In training, validation KID was taken of images drawn with {', '.join(other)}."
-        if other
-        else ""
-    )
+    validated = ""
+    if other and any("validation_kid" in row for row in record["history"]):
+        validated = f" In training, validation KID was of images drawn with {', '.join(other)}."
     return f"""
 {metrics_table(metrics)}
 

@@ -102,6 +102,28 @@ def change(path: Path, about: dict | None = None, **tensors: torch.Tensor | None
 # ---------------------------------------------------------------------------------------------
 
 
+def test_a_run_that_was_measured_by_other_settings_of_sampling_draws_by_these(
+    run, data_root, tiny_extractor, tmp_path
+):
+    (run / "record.json").unlink()
+    settings = {"epochs": 1, "batch_size": 32, "temperature": 0.0, **TINY["cvae"]}
+    again = GenerativePipeline(
+        "cvae",
+        preset="best",
+        out=run,
+        data_root=data_root,
+        extractor=tiny_extractor,
+        device="cpu",
+        **settings,
+    )
+    again.train()
+    again._save_pictures = lambda *_: None
+    assert again.evaluate()["validated_with"] == {"temperature": 0.5}
+    path = ship(run, tmp_path)
+    model, _ = load_shipped(path)
+    assert model.config.temperature == 0
+
+
 @BOTH
 def test_the_tensors_are_the_kept_ones_bit_for_bit(name, pipelines, shipped):
     kept = torch.load(pipelines[name].weights_path, weights_only=True)["state"]

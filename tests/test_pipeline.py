@@ -23,7 +23,7 @@ from torch.optim import Adam
 
 from custom_models import MODELS
 from custom_models.drawing import as_kept, load_model
-from evaluation import features, figures, judge, kid, per_class, protocol
+from evaluation import features, figures, judge, kid, per_class, protocol, tables
 from generative_pipeline import GenerativePipeline, derive_seed, run_folder
 from utils import BLOOD_CLASSES, ImageSet, class_balanced_labels, to_uint8
 
@@ -1258,6 +1258,8 @@ def test_a_finished_training_may_be_sampled_by_other_settings(make, monkeypatch,
     # What its validation drew is told, by whichever file it is taken up the next time.
     own = {name: getattr(pipeline.config, name) for name in changes}
     assert record["validated_with"] == own and {**record["config"], **changes} == record["config"]
+    words = "validation KID was of images drawn with `sampler` dpm_solver_2m, `guidance_scale` 1.0"
+    assert words in " ".join(tables.run_table(record).split())
     third = make("ddpm", **settings, **changes)
     third.train()
     assert third.validated_with == pipeline.validated_with != {}
