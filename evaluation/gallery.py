@@ -252,9 +252,12 @@ def _checkpoints(results: Path) -> list[str]:
         words += " [`explore`](../notebooks/explore.ipynb) lets you play with them."
     parts = ["## Shipped checkpoints", head + "\n".join(lines), words]
     if (results / "demo_cells.json").is_file():
-        drawn_by = _read(results / "demo_cells.json")["drawn_by"]["file"]
+        drawn_by = _read(results / "demo_cells.json")["drawn_by"]
+        shipped = (results / "checkpoints" / drawn_by["file"]).with_suffix(".json")
+        now = _read(shipped)["checkpoint"]["sha256"] if shipped.is_file() else None
+        by = drawn_by["file"] if now == drawn_by["sha256"] else f"an earlier {drawn_by['file']}"
         files = {"demo_cells.npz": "2,000 cells", "demo_cells.json": "their record"}
-        words = f"The data set `demo` was drawn with {drawn_by}: {_links(results, results, files)}."
+        words = f"The data set `demo` was drawn with {by}: {_links(results, results, files)}."
         parts.append(words)
         parts += _pictures(results, results, {"demo_cells.png": "The first eight of each class."})
     return parts
