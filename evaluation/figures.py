@@ -563,7 +563,8 @@ def validation_curves(
 
     records: of trainings that were validated. names: titles of the models. published: records of
     trainings that were not, each a ring in its model's panels: the KID of its end, which is
-    to the train split. Without copies both splits are as far away, since KID has no bias.
+    to the train split. Without copies both splits are as far away, since KID has no bias. A panel
+    tells by which settings its images were drawn, where the record's metrics are of other ones.
     """
     runs = sorted({(r["model"], r["preset"]) for r in records}, key=str)
     with matplotlib.rc_context(STYLE):
@@ -592,6 +593,10 @@ def validation_curves(
                 style = {"color": "grey", "fillstyle": "none"}
                 axis.plot(seen, values, "o", label=f"{ends[0]['preset']}, to train", **style)
             axis.set_title(_run_title(group[0], names))
+            other = [f"{name} {x}" for name, x in group[0].get("validated_with", {}).items()]
+            if other:
+                text = "\n".join(["images drawn with", *other])
+                axis.text(0.97, 0.03, text, transform=axis.transAxes, ha="right", fontsize=7)
             axis.set_xlabel("thousand images seen")
             log_scale(axis, "x", lambda x, _: f"{x / 1000:,.0f}")
             log_scale(axis, "y")

@@ -72,7 +72,10 @@ def test_the_dot_of_a_validation_curve_is_its_lowest_point():
     assert list(line.get_xdata()) == [4000, 8000, 12000]
     assert list(line.get_ydata()) == [9.0, 2.0, 4.0]
     assert (dot.get_xdata()[0], dot.get_ydata()[0]) == (8000, 2.0)
-    assert cvae.get_title() == "CVAE best"
+    assert cvae.get_title() == "CVAE best" and not cvae.texts
+    records[1]["validated_with"] = {"temperature": 0.5}
+    cvae, dcgan = figures.validation_curves(records, NAMES).axes
+    assert "temperature 0.5" in cvae.texts[0].get_text() and not dcgan.texts
 
 
 def test_published_trainings_are_rings_in_the_panels_of_their_model():

@@ -210,9 +210,24 @@ def test_the_readmes_words_have_the_numbers_of_the_records():
     (row,) = tables.results_table(runs)
     real = tables.with_both_halves(tables.floor_of(runs))
     assert len(runs) == 3 and f"at a mean distance of {row['frechet_mean']:.0f} its" in words
-    assert row["precision_mean"] > real["precision"] and row["recall_mean"] < real["recall"] / 2
+    assert f"and of {row['frechet_mean']:.0f} (a small diffusion model, three trainings" in words
+    assert row["precision_mean"] > real["precision"] and row["recall_mean"] < real["recall"]
+    assert all(
+        r["metrics"]["coverage"] < row["coverage_mean"]
+        for r in RECORDS[RESULTS]
+        if (r["model"], r["preset"]) != ("ddpm", "best_small")
+    )
+    assert all(50 < r["seconds"] / 60 < 75 for r in runs)
+    validated = {"sampling_steps": 16, "jpeg_quality": 75}
+    assert all(r["validated_with"] == validated for r in runs)
+    path = RESULTS / "runs" / "ddpm-best_small" / "seed0" / "sampling.json"
+    own, *other = json.loads(path.read_text())["rows"]
+    (stored,) = (r for r in other if (r["jpeg_quality"], r["jpeg_chroma"]) == (75, "dct"))
+    sentence = f"move from a KID of {own['kid']:.1f} to the validation cells to one of"
+    assert own["jpeg_quality"] == 0 and f"{sentence} {stored['kid']:.1f} ([512 images" in words
     for name, held_out in (("authpct", real["copies"]["authpct"]), ("ct", real["copies"]["ct"])):
         assert row[f"{name}_mean"] < held_out
+    assert row["ct_mean"] < float(usual[1]) and ", C_T somewhat further; about" in words
     assert row["copies_verdict"] == "no sign of copies"
     shares = [r["metrics"]["copies"]["features"]["train_share_interval"] for r in runs]
     assert all(low < real["copies"]["features"]["train_share"] < high for low, high in shares)
