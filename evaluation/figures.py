@@ -469,9 +469,13 @@ def suspicious_pairs(suspects: Suspects) -> Figure:
 def ablations(rows: list[dict]) -> Figure:
     """A panel for each model: a dot with a bar of ± sd for each row, the baseline as a line.
 
-    rows: of `tables.ablation_table`; one without a distance has no dot. Each panel has an axis of
-    its own, which need not begin at zero.
+    rows: of `tables.ablation_table`; one without a distance has no dot, and models of which no
+    change was measured have no panel where others have. Each panel has an axis of its own, which
+    need not begin at zero.
     """
+    changed = [r for r in rows if r["settings"] != "{}" and r["frechet_mean"] is not None]
+    measured = {row["model"] for row in changed}
+    rows = [row for row in rows if row["model"] in measured or not measured]
     groups: dict[str, list[dict]] = {}
     for row in rows:
         groups.setdefault(row["model"], []).append(row)

@@ -209,6 +209,17 @@ def test_what_may_not_share_a_table(bad_input):
         ablation_table([(change("baseline"), []), (change("lr 1"), [])])
 
 
+def test_models_of_which_no_change_was_measured_have_no_panel_beside_others():
+    rows = rows_of_two_models()
+    for row in rows:
+        if row["model"] == "cvae" and row["settings"] != "{}":
+            row["frechet_mean"] = None
+    assert [axis.get_title(loc="left") for axis in figures.ablations(rows).axes] == ["dcgan"]
+    rows[-1]["frechet_mean"] = None
+    titles = [axis.get_title(loc="left") for axis in figures.ablations(rows).axes]
+    assert titles == ["cvae", "dcgan"]
+
+
 def test_figure_shows_what_the_rows_say():
     above, below = figures.ablations(rows_of_two_models()).axes
     assert [label.get_text() for label in above.get_yticklabels()] == [

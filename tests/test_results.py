@@ -1,5 +1,6 @@
 """What stands in results/ and in the README comes from the records, and from nothing else."""
 
+import argparse
 import csv
 import hashlib
 import json
@@ -12,6 +13,7 @@ import nbformat
 import pytest
 import torch
 
+import run_suite
 from custom_models import make_config
 from custom_models.config import stored_settings
 from evaluation import augmentation, features, tables, train_on_generated
@@ -389,3 +391,18 @@ def test_demo_extractor_is_that_of_its_record():
     data = features.DEMO_FILE.read_bytes()
     record = json.loads(features.DEMO_FILE.with_suffix(".json").read_text())
     assert hashlib.sha256(data).hexdigest() == record["sha256"]
+
+
+@pytest.mark.parametrize("grid", sorted((RESULTS / "ablations").glob("*/")), ids=lambda p: p.name)
+def test_the_table_of_a_grid_is_that_of_its_records_and_readme_has_its_numbers(grid, tmp_path):
+    options = argparse.Namespace(ablations=grid.name, out=RESULTS)
+    rows = tables.ablation_table(run_suite.ablation_records(options))
+    tables.write_ablation_table(rows, tmp_path)
+    for name in ("table.md", "table.csv"):
+        assert (tmp_path / name).read_text() == (grid / name).read_text(), name
+    words = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    found = {r["ablation"]: r for r in rows if r["model"] == "cvae" and r["seeds"] >= 3}
+    assert set(found) == {"best", "normal prior", "temperature 1"}
+    value = {name: f"{row['frechet_mean']:.0f}" for name, row in found.items()}
+    assert f"its `best` lies at {value['normal prior']} instead of {value['best']}," in words
+    assert f"temperature 1 instead of 0.5 at {value['temperature 1']}." in words
