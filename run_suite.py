@@ -392,7 +392,8 @@ def _ablation_folder(options: argparse.Namespace, row: Ablation) -> Path:
 def share_weights(options: argparse.Namespace) -> None:
     """Give rows that change nothing but the sampling the weights of the suite's runs, where kept.
 
-    Their trainings would be the same.
+    Their trainings would be the same but for the step that a validation keeps, which is the
+    suite's; the records tell by which settings it was chosen.
     """
     for row in GRIDS[options.ablations]:
         sampling = {*make_config(row.model, row.preset).SAMPLING}

@@ -16,6 +16,9 @@ from evaluation.tables import BUDGETS, collect, record_paths, results_table, run
 from utils import InputError, exit_on_bad_input, in_words_of, write_text
 
 PAGE, MADE_BY = "README.md", "Made by `python -m evaluation.gallery`"
+ABLATIONS = (
+    "Each change against its model's unchanged preset, the dashed line; bars: ± sd over trainings."
+)
 COMPARISONS = {
     "comparison.png": "Real images beside those of the published presets and their stand-ins, the "
     "first that were drawn.",
@@ -311,7 +314,7 @@ def _other_data_sets(results: Path) -> list[str]:
 
 
 def _others(results: Path) -> list[str]:
-    """Tables of ablations and of speed."""
+    """Tables of ablations, with their pictures, and of speed."""
     parts = []
     for title, pattern in {
         "Ablations": "ablations/*/table.md",
@@ -323,6 +326,8 @@ def _others(results: Path) -> list[str]:
             for path in paths
         ]
         parts += [f"## {title}", "\n".join(lines)] if lines else []
+        for path in paths:
+            parts += _pictures(results, path.parent, {"ablations.png": ABLATIONS})
     return parts
 
 

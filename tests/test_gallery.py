@@ -53,6 +53,16 @@ def test_another_page_is_left_alone(tmp_path, bad_input):
     assert (tmp_path / "README.md").read_text() == "My project"
 
 
+def test_a_table_of_ablations_has_its_picture_beside_it(results):
+    folder = results / "ablations" / "best"
+    folder.mkdir(parents=True)
+    (folder / "table.md").write_text("a table")
+    assert "ablations.png" not in gallery.gallery(results)
+    (folder / "ablations.png").write_bytes(b"a picture")
+    found = links(gallery.gallery(results))
+    assert {"ablations/best/table.md", "ablations/best/ablations.png"} <= {*found}
+
+
 def test_the_kept_page_is_up_to_date():
     assert PAGE.read_text(encoding="utf-8") == gallery.gallery(RESULTS), (
         "run `python -m evaluation.gallery results`"
