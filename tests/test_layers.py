@@ -119,6 +119,18 @@ def test_the_gradient_passes_the_roundings(chroma):
     assert images.grad[inside].mean() == pytest.approx(1, abs=0.02)
 
 
+@chroma
+def test_compiled_it_stores_images_in_channels_last_order_alike(chroma):
+    jpeg, results = JPEG(75, chroma), []
+    for layer in (jpeg, torch.compile(jpeg)):
+        images = to_model_range(smooth(2, 28, 28)).contiguous(memory_format=torch.channels_last)
+        convolution = torch.ones(3, 3, 1, 1, requires_grad=True)
+        stored = layer(torch.nn.functional.conv2d(images, convolution) / 3)
+        stored.square().sum().backward()
+        results.append((stored.detach(), convolution.grad))
+    torch.testing.assert_close(*results)
+
+
 def test_float16_weights_of_a_model_leave_the_tables_alone():
     assert not JPEG(75, "dct").state_dict()
 
