@@ -64,12 +64,10 @@ ablations: $(INSTALLED)
 		--out "$(OUT)" --jobs $(JOBS)
 
 augmentation: STUDY ?= bccd
-augmentation: SEEDS ?= 1
-augmentation: JOBS ?= 1
 augmentation: OUT ?= results
 augmentation: $(INSTALLED)
-	$(RUN) run_suite.py --study $(STUDY) --seeds $(SEEDS) --data-root "$(DATA_ROOT)" \
-		--out "$(OUT)" --jobs $(JOBS)
+	$(RUN) run_suite.py --study $(STUDY) $(if $(SEEDS),--seeds $(SEEDS)) \
+		--data-root "$(DATA_ROOT)" --out "$(OUT)" $(if $(JOBS),--jobs $(JOBS))
 
 fid: $(INSTALLED)
 	$(RUN) run_suite.py --remeasure results --data-root "$(DATA_ROOT)" \

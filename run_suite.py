@@ -169,7 +169,7 @@ def check(options: argparse.Namespace) -> None:
         number = getattr(options, name)
         if number is not None and number < 1:
             raise InputError(f"--{name} must be at least 1, got {number}")
-    if options.seeds is None and not options.remeasure:
+    if options.seeds is None and not options.remeasure and options.study != GENERATORS:
         options.seeds = 1 if options.study else 3 if options.ablations else 5
     options.out = Path(options.out).expanduser().resolve()
     if not (options.study or options.ablations):
@@ -462,11 +462,13 @@ def _check_study(options: argparse.Namespace) -> None:
 
 
 def _check_generators(options: argparse.Namespace) -> None:
-    for name in ("set", "dataset"):
-        if getattr(options, name):
+    given = {name: getattr(options, name) for name in ("set", "dataset", "seeds")}
+    given["jobs"] = options.jobs > 1
+    for name in given:
+        if given[name]:
             raise InputError(
-                f"--{name} does not go with --study {GENERATORS}: it measures the runs in --out by "
-                "fixed rules"
+                f"--{name} does not go with --study {GENERATORS}: it measures all runs in --out, "
+                "one after the other, by fixed rules"
             )
 
 

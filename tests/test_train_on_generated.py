@@ -161,6 +161,9 @@ def test_the_command(data_root, tiny_extractor, tmp_path, monkeypatch, capsys, b
         run_suite.main([*command, "--set", "updates=3"])
     with bad_input("--dataset does not go with"):
         run_suite.main([*command, "--dataset", "demo"])
+    for option in ("--seeds", "--jobs"):
+        with bad_input(f"{option} does not go with"):
+            run_suite.main([*command, option, "2"])
     folder = run_folder(tmp_path, "cwgan_gp", "baseline", 0)
     pipeline = GenerativePipeline(
         "cwgan_gp",
