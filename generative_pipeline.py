@@ -52,9 +52,10 @@ from utils import (
     write_text,
 )
 
-# Part of every run's identity. Raise it with any change that alters what a training gives;
-# finished runs of other versions are then run again.
+# Part of every run's identity. Raise it with any change that alters what a training gives: folders
+# with runs of other versions are then refused.
 CODE_VERSION = 1
+UPRIGHT = ("MNIST", "CelebA")  # data sets whose images have an up and a down
 # Raise it when `measure_sampling` gives other than before.
 SAMPLING_VERSION = 2
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -130,6 +131,8 @@ class GenerativePipeline:
         stored_as_jpeg = train.name.startswith("BloodMNIST") and size == 28
         if hasattr(self.config, "JPEG_ELSEWHERE") and not stored_as_jpeg:
             from_data["jpeg_quality"] = settings.get("jpeg_quality", self.config.JPEG_ELSEWHERE)
+        if train.name.startswith(UPRIGHT):  # turned images would teach it to draw turned ones
+            from_data["flips_and_turns"] = settings.get("flips_and_turns", False)
         if "val" not in self.sets:
             from_data["validation_epochs"] = 0
         self.config = dataclasses.replace(self.config, **from_data)
@@ -292,7 +295,12 @@ class GenerativePipeline:
         )
         self.history[-1]["validation_kid"] = value
         if self.best is None or value < self.best["validation_kid"]:
-            self.best = {"step": self.step, "validation_kid": value, "state": model.state_dict()}
+            self.best = {
+                "step": self.step,
+                "validation_kid": value,
+                "extractor_sha256": extractor.sha256,
+                "state": model.state_dict(),
+            }
 
     def _save_progress_grid(self, epoch: int, writer) -> None:
         """The same noise at 25, 50, 75 and 100 % of the training; in TensorBoard, with the classes'
@@ -369,6 +377,14 @@ class GenerativePipeline:
                 f"{self.checkpoint_path} is of a training in {stored}, not in {self.precision}; go "
                 f"on with --precision {stored}, or choose another folder"
             )
+        if state["best"] and state["step"] < self.total_steps:
+            by = state["best"].get("extractor_sha256")  # older checkpoints don't name it
+            if by not in (None, self.extractor().sha256):
+                raise InputError(
+                    f"{self.checkpoint_path} is of a training whose best step so far was chosen by "
+                    f"another extractor ({by[:8]}) than {self.extractor().name}; go on with that "
+                    "one, or choose another folder"
+                )
         self.model.load_state_dict(state["model"])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
@@ -404,8 +420,12 @@ class GenerativePipeline:
         state = self._read_state(self.weights_path, WEIGHTS_FORMAT)
         if state is None:
             return False
-        # A checkpoint may also be one of half the way, or of a training made again.
-        if not (self.load_checkpoint() and self.training == state["training"]):
+        # A checkpoint may also be one of half the way, of a training made again, or damaged.
+        try:
+            at_its_end = self.load_checkpoint() and self.training == state["training"]
+        except InputError:
+            at_its_end = False
+        if not at_its_end:
             for model in (self.model, self._averaged_model()):
                 model.load_state_dict(state["state"])
             self.step, self.history, self.best = self.total_steps, state["history"], None
@@ -426,6 +446,8 @@ class GenerativePipeline:
         try:
             # To the CPU, from where every part of it is copied to where it belongs.
             state = torch.load(path, map_location="cpu", weights_only=True)
+        except OSError as error:
+            raise InputError(f"{path} cannot be read ({error.strerror or error})") from None
         except Exception:  # a damaged file raises nearly anything
             raise InputError(
                 f"{path} is broken or no checkpoint; delete it to start anew"
@@ -541,6 +563,10 @@ class GenerativePipeline:
         weights.
         """
         return _hash(self._named())
+
+    def _training_key(self) -> str | None:
+        """Hash of what the training took: two of one config may differ in device or precision."""
+        return _hash(self.training) if self.training else None
 
     def run_key(self) -> str:
         """Hash of config, data, extractor and code versions: equal keys, equal results."""
@@ -679,11 +705,12 @@ class GenerativePipeline:
             "extractor_sha256": self.extractor().sha256,
             "version": per_class.VERSION,
             "n": n,
-            **self._held_out_cells(),
         }
+        later = {"training_key": self._training_key(), **self._held_out_cells()}
+        key |= later
         with contextlib.suppress(OSError, ValueError):
             stored = json.loads(path.read_text(encoding="utf-8"))
-            stored = {**self._held_out_cells(), **stored}  # older files do not name these
+            stored = {**later, **stored}  # older files do not name these
             if {name: stored.get(name) for name in key} == key:
                 return stored
         self._require_trained()
@@ -724,11 +751,11 @@ class GenerativePipeline:
             "version": SAMPLING_VERSION,
             "n": n,
             "settings": chosen,
-            "val_sha256": val.sha256(),
         }
+        later = {"training_key": self._training_key(), "val_sha256": val.sha256()}
+        study |= later
         with contextlib.suppress(OSError, ValueError):
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            stored.setdefault("val_sha256", val.sha256())  # older files do not name it
+            stored = {**later, **json.loads(path.read_text(encoding="utf-8"))}  # as older files
             if {name: stored.get(name) for name in study} == study:
                 return stored["rows"]
         self._require_trained()
@@ -753,6 +780,12 @@ class GenerativePipeline:
         return rows
 
     def _sampling_settings(self, changes: dict) -> dict:
+        unknown = [name for name in changes if name not in figures.SAMPLING_SETTINGS]
+        if unknown:
+            raise InputError(
+                f"{', '.join(unknown)} can't be compared here; the sampler's settings are "
+                f"{', '.join(figures.SAMPLING_SETTINGS)}"
+            )
         config = dataclasses.replace(self.config, **changes)
         return {name: getattr(config, name) for name in figures.SAMPLING_SETTINGS}
 

@@ -570,6 +570,8 @@ def remeasure(options: argparse.Namespace, records: list[dict]) -> dict[str, str
 def _check_remeasuring(options: argparse.Namespace) -> None:
     if options.settings:
         raise InputError("--set does not go with --remeasure, which takes each run as it is")
+    if options.jobs > 1:
+        raise InputError("--jobs does not go with --remeasure, which takes one run after the other")
     if Path(options.remeasure).resolve() == options.out:
         raise InputError("--remeasure would overwrite its own records; choose another --out")
     _check_models(options, options.preset or "baseline")
@@ -655,7 +657,7 @@ def measure_generators(options: argparse.Namespace) -> dict[str, str]:
             return train_on_generated(images, labels, pipeline.sets, *rest)
 
         try:
-            found = read_or_measure(path, record["weights_key"], measure)
+            found = read_or_measure(path, record, measure)
         except InputError as error:
             failures[name] = str(error)
             continue
@@ -663,11 +665,11 @@ def measure_generators(options: argparse.Namespace) -> dict[str, str]:
         scores = [found[part]["balanced_accuracy"] for part in ("generated", "real")]
         print(f"{name}: balanced accuracy {scores[0]:.3f}; of real cells {scores[1]:.3f}")
     # Those whose weights are not here may leave too few of a reduced budget.
-    here = Counter(_run(record)[:2] for record, _ in runs)
+    here = Counter((*_run(record)[:2], record["budget"]) for record, _ in runs)
     runs = [
         (record, found)
         for record, found in runs
-        if record["budget"] == "full" or here[_run(record)[:2]] >= REDUCED_SEEDS
+        if record["budget"] == "full" or here[(*_run(record)[:2], "reduced")] >= REDUCED_SEEDS
     ]
     if runs:
         words = {".md": "table", ".csv": "the same with all digits", ".png": "figure"}

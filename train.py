@@ -262,7 +262,14 @@ def train(arguments: list[str]) -> None:
         pipeline.extractor()  # a missing one is told before the training, not after it
     except InputError as error:
         raise InputError(f"{error}; `--extractor demo` needs no file and no download") from None
-    if options.per_class or not pipeline.finished_record():
+    pipeline.check_folder(pipeline.extractor())
+    finished = pipeline.finished_record()
+    if finished and options.per_class and not pipeline.weights_path.exists():
+        raise InputError(
+            f"{pipeline.record_path} has no weights.pt beside it to draw with; bring it back, or "
+            "delete the record to train anew"
+        )
+    if options.per_class or not finished:
         # Made before the training, during which files may change, but written after it: a folder
         # that is refused keeps the list of its own run.
         listed = split_list(dataset, root) if dataset in ("folder", "pbc") else None

@@ -173,7 +173,7 @@ def files_below(folder: str | Path) -> list[Path]:
 
 
 def write_atomically(path: str | Path, write) -> None:
-    """Call write(partial_path), then rename: the file is there whole or not at all."""
+    """Call write(partial_path), then rename: the file or folder is there whole or not at all."""
     path = Path(path).absolute()
     # Not the process's number, which two containers with one cache may share.
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
@@ -193,6 +193,8 @@ def write_atomically(path: str | Path, write) -> None:
         raise InputError(f"cannot write {path}: {reason}; make room or choose another folder")
     finally:
         with contextlib.suppress(OSError):  # its folder may be no folder, or read-only
+            if partial.is_dir():
+                shutil.rmtree(partial)
             partial.unlink(missing_ok=True)
 
 

@@ -119,15 +119,17 @@ class Model(nn.Module):
         # -log D = softplus(-l) and -log(1 - D) = softplus(l): the binary cross entropy.
         with torch.no_grad():
             fakes = self.generator(self.latents(n, device), labels)
-        real_logits = self.discriminator(images, labels)
-        fake_logits = self.discriminator(fakes, labels)
+        # Losses are sums, in float32 under autocast, too.
+        real_logits = self.discriminator(images, labels).float()
+        fake_logits = self.discriminator(fakes, labels).float()
         loss_d = F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
         update(optimizers["discriminator"], loss_d)
 
         # The generator maximises log D(G(z|y)), whose gradient does not vanish while the
         # discriminator is winning (Goodfellow et al. 2014, section 3).
         self.discriminator.requires_grad_(False)
-        logits = self.discriminator(self.generator(self.latents(n, device), labels), labels)
+        fakes = self.generator(self.latents(n, device), labels)
+        logits = self.discriminator(fakes, labels).float()
         loss_g = F.softplus(-logits).mean()
         update(optimizers["generator"], loss_g)
         self.discriminator.requires_grad_(True)

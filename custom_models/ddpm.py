@@ -39,7 +39,8 @@ class Config(ModelConfig):
         self.require(self.sampler in ("ancestral", "ddim"), "sampler", "ancestral or ddim")
         self.require(self.variance in ("beta", "posterior"), "variance", "beta or posterior")
         steps = self.sampling_steps
-        self.require(1 <= steps <= self.timesteps, "sampling_steps", "between 1 and timesteps")
+        words = f"between 1 and timesteps, {self.timesteps} (set both)"
+        self.require(1 <= steps <= self.timesteps, "sampling_steps", words)
 
     def build(self) -> "Model":
         return Model(self)

@@ -7,7 +7,6 @@ them into folders.
 import csv
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,6 +84,8 @@ def _load_run(path: Path) -> tuple[nn.Module, dict]:
         )
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror or error})") from None
     except Exception:  # a damaged file raises nearly anything
         raise InputError(f"{path} is broken or holds no weights; get it anew") from None
     try:
@@ -428,11 +429,7 @@ def _write_folder(out: str | Path, fill: Callable[[Path], None]) -> None:
     """Call fill(partial_folder), then rename: the folder is there whole or not at all."""
 
     def write(partial: Path) -> None:
-        try:
-            partial.mkdir()
-            fill(partial)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+        partial.mkdir()
+        fill(partial)
 
     write_atomically(out, write)

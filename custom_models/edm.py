@@ -54,7 +54,7 @@ class Config(ModelConfig):
     # The network draws JPEG's traces by itself where its cells had them; JPEG once more made the
     # cells of `best_small` worse, by validation KID.
     jpeg_quality: int = 0  # of a JPEG that samples are stored in, 1 to 100; 0: none
-    jpeg_chroma: str = "dct"  # how its files halve colours: mean or dct, as in `layers.JPEG`
+    jpeg_chroma: str = "dct"  # how JPEG halves colours: mean, or dct as BloodMNIST's own
     SAMPLING: ClassVar[tuple] = (
         "sampler",
         "sampling_steps",

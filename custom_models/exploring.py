@@ -1,7 +1,8 @@
 """Noise → images, for every model: what the notebook `explore` moves its sliders on.
 
 A model draws noise and makes an image of it. Here the two are apart, so that the noise can be moved
-on its way: `images_from(model, draw_noise(model, labels, seed), labels)` is `drawing.sample`.
+on its way: `images_from(model, draw_noise(model, labels, seed), labels)` is `drawing.sample`, but
+for the ancestral sampler of ddpm, which draws noise all along: there DDIM takes its place.
 """
 
 import copy

@@ -1,5 +1,5 @@
-"""The `best` preset of the CVAE: class-conditional, residual, and with a likelihood that does not
-blur, that of the numbers in a JPEG file.
+"""The `best` preset of the CVAE: class-conditional, residual, and with a likelihood that blurs
+less, that of the numbers in a JPEG file.
 
 A likelihood of independent pixels leaves two bad choices: the mean of p(x | z) is blurred, and a
 draw from it is noise. BloodMNIST's cells were stored as JPEG, as whole numbers of steps of a cosine
@@ -38,7 +38,7 @@ class Config(ModelConfig):
     fitted_prior: bool = True  # draw from the latents that each class has in truth; else N(0, I)
     temperature: float = 0.5  # of the drawn coefficients; 0: their means, 1: as trained
     jpeg_quality: int = 75  # of the data set's files; other data sets need another, such as 95
-    jpeg_chroma: str = "mean"  # how its files halve colours: mean or dct, as in `layers.JPEG`
+    jpeg_chroma: str = "mean"  # how JPEG halves colours: mean, or dct as BloodMNIST's own
     JPEG_ELSEWHERE: ClassVar[int] = 95  # jpeg_quality for data that was not stored as JPEG
     LATER: ClassVar[dict] = {"jpeg_chroma": "mean"}
     SAMPLING: ClassVar[tuple] = ("fitted_prior", "temperature")

@@ -31,7 +31,7 @@ TO_YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688,
 
 
 def init_dcgan(module: nn.Module) -> None:
-    """Weights N(0, 0.02), batch norm scales N(1, 0.02) (Radford et al. 2016, section 4)."""
+    """Weights N(0, 0.02) (Radford et al. 2016, section 4), batch norm scales N(1, 0.02)."""
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         nn.init.normal_(module.weight, 0.0, 0.02)
     elif isinstance(module, nn.BatchNorm2d):

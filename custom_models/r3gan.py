@@ -31,7 +31,7 @@ class Config(ModelConfig):
     beta1: float = 0.0  # of Adam: share of the past in the mean gradient
     beta2: float = 0.99  # of Adam: share of the past in the mean squared gradient
     jpeg_quality: int = 75  # of the data set's files, 1 to 100; 0: it was not stored as JPEG
-    jpeg_chroma: str = "mean"  # how its files halve colours: mean or dct, as in `layers.JPEG`
+    jpeg_chroma: str = "mean"  # how JPEG halves colours: mean, or dct as BloodMNIST's own
     JPEG_ELSEWHERE: ClassVar[int] = 0  # jpeg_quality for data that was not stored as JPEG
     LATER: ClassVar[dict] = {"jpeg_chroma": "mean"}
     batch_size: int = 64

@@ -29,7 +29,7 @@ class Config(ModelConfig):
     beta1_generator: float = 0.0  # the same for the generator
     beta2: float = 0.9  # of Adam: share of the past in the mean squared gradient, for both networks
     jpeg_quality: int = 75  # of the data set's files, 1 to 100; 0: it was not stored as JPEG
-    jpeg_chroma: str = "mean"  # how its files halve colours: mean or dct, as in `layers.JPEG`
+    jpeg_chroma: str = "mean"  # how JPEG halves colours: mean, or dct as BloodMNIST's own
     JPEG_ELSEWHERE: ClassVar[int] = 0  # jpeg_quality for data that was not stored as JPEG
     even_classes: ClassVar[bool] = False  # in training images are generated of the batch's classes
     LATER: ClassVar[dict] = {"jpeg_chroma": "mean"}
@@ -73,6 +73,7 @@ SMALL = replace(
     batch_size=32,
     epochs=12,
     validation_epochs=2,
+    image_size=64,
 )
 
 

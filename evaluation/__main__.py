@@ -85,6 +85,12 @@ def main(arguments: list[str] | None = None) -> None:
         images, labels = load_images(Path(options.images), sets["train"].classes, channels)
         reference = make_reference(sets["train"], extractor)
     else:
+        for name in ("image_size", "data_root"):
+            if getattr(options, name) is not None:
+                raise InputError(
+                    f"--{name.replace('_', '-')} goes with a data set as --reference, not with "
+                    f"{options.reference}, which is a file with a size and features of its own"
+                )
         sets = None
         shipped = SHIPPED / f"{options.reference}.npz"
         reference = load_reference(shipped if shipped.exists() else options.reference)
@@ -104,7 +110,8 @@ def main(arguments: list[str] | None = None) -> None:
         metrics["copies"], suspects = copies.find_copies(
             images, sets["train"].images, held_out, extractor
         )
-        known = {"authpct": metrics["copies"]["authpct_held_out"]}
+        found = metrics["copies"]
+        known = {"authpct": found["authpct_held_out"], "n_images": found["n_held_out"]}
         metrics["floor"]["copies"] = known  # the rest would take the held-out cells' own search
         figures.save(figures.suspicious_pairs(suspects), out / "suspicious_pairs.png")
         if labels is not None:
@@ -236,7 +243,13 @@ def _read(file: Path, channels: int) -> np.ndarray:
                     f"{file} is a {image.mode} image, not {mode}; convert it, or remove it"
                 )
             return np.asarray(image).reshape(image.height, image.width, channels)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+    except (
+        UnidentifiedImageError,
+        Image.DecompressionBombError,
+        OSError,
+        ValueError,
+        SyntaxError,
+    ) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{file} cannot be read as an image; repair or remove it") from None

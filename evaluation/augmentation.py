@@ -627,6 +627,7 @@ def _read_record(path: Path) -> dict:
         record = json.loads(path.read_text(encoding="utf-8"))
         for name in ("study", "arm", "classifier", "fold", "seed", "dataset_sha256"):
             record["identity"][name]
+        Study(**record["identity"]["study"])
         numbers = [record["scores"][name] for name in SCORES]
         record["scores"]["confusion"], record["n"], record["sha256"]["test"], record["history"]
         record["generator"]
@@ -702,7 +703,7 @@ def compare(records: list[dict]) -> list[dict]:
     for family in (primary, [row for row in rows if row["comparison"]]):
         for row, p in zip(family, significance.holm([row["p"] for row in family])):
             row["p_holm"] = p
-            row["verdict"] = _verdict(p, row["difference"], row["folds"])
+            row["verdict"] = _verdict(p, row["difference"], row.pop("compared"))
     return primary + rows
 
 
@@ -732,7 +733,10 @@ def _row(study: Study, classifier: str, arm: str, records: list[dict]) -> dict:
 def _difference(
     study: Study, records: list[dict], others: list[dict], kind: str, against: str
 ) -> dict:
-    """Of balanced accuracy, by fold: seeds of one fold share their cells and are averaged."""
+    """Of balanced accuracy, by fold: seeds of one fold share their cells and are averaged.
+
+    compared: the number of folds that both arms have.
+    """
     score = {
         (r["identity"]["fold"], r["identity"]["seed"]): r["scores"]["balanced_accuracy"]
         for r in others
@@ -742,7 +746,7 @@ def _difference(
         run = record["identity"]["fold"], record["identity"]["seed"]
         if run in score:
             folds[run[0]].append(record["scores"]["balanced_accuracy"] - score[run])
-    result = {"comparison": kind, "against": against}
+    result = {"comparison": kind, "against": against, "compared": len(folds)}
     if not folds:
         return result
     n_test = np.mean([sum(n["test"] for n in record["n"].values()) for record in others])

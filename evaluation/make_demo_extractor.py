@@ -20,7 +20,9 @@ from custom_models.drawing import load_model, sample
 from utils import (
     BLOOD_CLASSES,
     DEMO_FILE,
+    OneSentenceParser,
     class_balanced_labels,
+    exit_on_bad_input,
     progress,
     random_flips_and_turns,
     to_model_range,
@@ -89,6 +91,7 @@ def export(module: torch.jit.ScriptModule) -> bytes:
 
 
 def main() -> None:
+    OneSentenceParser(description=__doc__.splitlines()[0]).parse_args()
     torch.set_num_threads(1)  # the same sums in the same order on every run
     torch.manual_seed(SEED)
     extractor = DemoExtractor()
@@ -127,4 +130,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_bad_input():
+        main()

@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 
 from evaluation import protocol
-from evaluation.features import load_extractor
+from evaluation.features import load_extractor, refuse_domain
 from evaluation.reference import SHIPPED, make_reference, save_reference
 from utils import OneSentenceParser, exit_on_bad_input, load_dataset
 
@@ -37,6 +37,8 @@ def main() -> None:
     }
     for name, split, held_out in REFERENCES:
         extractor = load_extractor(name or options.extractor)
+        if split == "train":
+            refuse_domain(extractor)
         reference = make_reference(sets[split], extractor, sets["train"].sha256())
         floors = protocol.floors(reference, sets[held_out], extractor)
         path = SHIPPED / f"bloodmnist-{SIZE}-{name or extractor.name}.npz"

@@ -23,7 +23,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 from custom_models.layers import JPEG
 from evaluation.copies import FIFTH, authpct, compare_neighbours, ct
-from evaluation.features import Extractor, extract, load_extractor
+from evaluation.features import Extractor, extract, load_extractor, refuse_domain
 from evaluation.frechet import IMAGES_PER_DIMENSION, frechet_distance, gaussian_statistics
 from evaluation.kid import kernel_distance
 from evaluation.neighbours import k_nearest
@@ -149,6 +149,7 @@ def load_setup(
         load_dataset("bloodmnist", data_root, 28, split) for split in ("train", "held_out")
     )
     network = load_extractor(extractor, pick_device(device))
+    refuse_domain(network)
     least = fewest(network)
     if len(held_out) < least:
         raise InputError(

@@ -33,7 +33,7 @@ RECOGNISED = 0.8  # share of a conditional model's samples
 # Change of a curve's mean from the last fifth but one to the last: a share of that mean, or of the
 # curve's whole range for one that ends near zero.
 FLAT, FLAT_OF_RANGE = 0.05, 0.001
-SURE = 3  # standard errors
+SURE = 3  # standard errors of a share of images; of C_T, a mean of z-scores, the value itself
 FIELDS = (
     "model",
     "preset",
@@ -171,14 +171,15 @@ def results_table(records: list[dict], floor: dict | None = None) -> list[dict]:
     _check_same_protocol(metrics)
     _check_same_protocol([m["domain"] for m in metrics if "domain" in m])
     _check_same_metrics(records)
-    _check_same_classifier(metrics)
+    check_same_classifier(metrics)
 
     groups = defaultdict(list)
     for record in records:
         groups[record["model"], record["preset"], record["dataset"]["name"]].append(record)
     rows = [_row(*key, group) for key, group in groups.items()]
     for row in rows:
-        row["nearer_than_real"] = _nearer_than_real(row, floor or {})
+        own = (row["authpct_mean"], row["ct_mean"], row["n_fake"])
+        row["nearer_than_real"] = _nearer_than_real(*own, floor or {})
     by = "frechet_mean" if any(row["frechet_mean"] is not None for row in rows) else "kid_mean"
     rows.sort(key=lambda row: (row[by] is None, row[by] or 0, row["model"], row["preset"]))
     return ([_floor_row(floor)] if floor else []) + rows
@@ -307,9 +308,11 @@ def per_class_markdown(rows: list[dict]) -> str:
     if any(row["agreement_mean"] is not None for row in rows):
         text += (
             "Agreement: how often a classifier of real train cells names the class that was asked "
-            "for, or the class of a real test cell, among images with the test split's "
-            "frequencies. "
+            "for"
         )
+        # Images from a folder have whatever frequencies they have, and no row of real cells.
+        real = ", or the class of a real test cell, among images with the test split's frequencies"
+        text += real * any(row["model"] == REAL for row in rows) + ". "
     text += "Fréchet distances are left out: the classes have too few images for them."
     return "\n".join([*lines, "", in_words_of(rows[0]["dataset"], text)])
 
@@ -319,7 +322,8 @@ def ablation_table(runs: list[tuple[Ablation, list[dict]]]) -> list[dict]:
 
     runs: every row of the grid with the records of its trainings, an empty list where it was not
     run (its numbers are None then). difference: the mean Fréchet distance minus that of the
-    model's row without settings; None for that row itself and where either is missing. Budgets may
+    model's row without settings, over the seeds that both have; None for that row itself and where
+    there are none. Budgets may
     differ, since epochs may be what a row changes; `images_seen` tells. Raises InputError where
     there are no records at all, for mixed protocols, for a seed that comes twice and for runs of
     one row with different configurations.
@@ -330,19 +334,26 @@ def ablation_table(runs: list[tuple[Ablation, list[dict]]]) -> list[dict]:
     _check_same_protocol(metrics)
     _check_same_metrics([record for _, records in runs for record in records])
     rows = [_ablation_row(ablation, records, metrics[0]) for ablation, records in runs]
-    unchanged = {r["model"]: r["frechet_mean"] for r in rows if r["settings"] == "{}"}
-    for row in rows:
-        mean, reference = row["frechet_mean"], unchanged[row["model"]]
-        missing = row["settings"] == "{}" or None in (mean, reference)
-        row["difference"] = None if missing else mean - reference
+    unchanged = {a.model: _distances(records) for a, records in runs if not a.settings}
+    for row, (ablation, records) in zip(rows, runs):
+        own, other = _distances(records), unchanged[ablation.model]
+        seeds = own.keys() & other.keys() if ablation.settings else ()
+        gains = [own[seed] - other[seed] for seed in seeds]
+        row["difference"] = statistics.mean(gains) if gains else None
     return rows
+
+
+def _distances(records: list[dict]) -> dict[int, float]:
+    """Fréchet distance by seed, of those that have one."""
+    found = {record["seed"]: record["metrics"]["frechet_distance"] for record in records}
+    return {seed: value for seed, value in found.items() if value is not None}
 
 
 def _ablation_row(ablation: Ablation, records: list[dict], metrics: dict) -> dict:
     """metrics: of any run in the table, for the protocol, which all of them share."""
     model, preset, protocol = ablation.model, ablation.preset, Protocol(**metrics["protocol"])
     if records:
-        _check_trainings(f"{model} {preset}, {ablation.name}", records)
+        check_trainings(f"{model} {preset}, {ablation.name}", records)
     return {
         "model": model,
         "preset": preset,
@@ -381,8 +392,9 @@ def write_ablation_table(rows: list[dict], folder: str | Path) -> None:
         "results is another one.",
         "\n".join(lines),
         _rules(rows[0]),
-        "Difference: of a row's mean distance from that first row's. Two rows whose means lie "
-        "closer together than their standard deviations can't be told apart by these runs.",
+        "Difference: of a row's mean distance from that first row's, over the seeds that both "
+        "have. Two rows whose means lie closer together than their standard deviations can't be "
+        "told apart by these runs.",
         *_notes(rows),
     ]
     devices = sorted({row["devices"] for row in rows if row["devices"]})
@@ -436,8 +448,10 @@ def metrics_table(metrics: dict) -> str:
         shown = ", ".join(f"{ceilings[kind]:.0f} for {kind.replace('_', ' ')}" for kind in ceilings)
         words.append(f"{name} of generators that have learned nothing (ceiling): {shown}.")
     if "copies" in metrics:
-        text = in_words_of(metrics["protocol"]["dataset"], "Copies of training cells")
-        words.append(f"{text}: {metrics['copies']['verdict']}.")
+        found, n_images = metrics["copies"], metrics["protocol"]["n_fake"]
+        nearer = _nearer_than_real(found.get("authpct"), found.get("ct"), n_images, floor)
+        text = f"Copies of training cells: {_with_nearness(found['verdict'], nearer)}."
+        words.append(in_words_of(metrics["protocol"]["dataset"], text))
     words += [f"{warning}." for warning in metrics["warnings"]]
     return "\n".join(lines) + "\n\n" + " ".join(words)
 
@@ -523,7 +537,13 @@ def _check_same_protocol(metrics: list[dict]) -> None:
 
 
 def _check_same_metrics(records: list[dict]) -> None:
-    """Refuse records of two versions of the metrics: one name, two numbers."""
+    """Refuse records of two versions of the metrics, or of two sets of held-out cells."""
+    held_out = {record["dataset"].get("held_out_sha256") for record in records}
+    if len(held_out - {None}) > 1:  # older records do not name them
+        raise InputError(
+            "these runs were measured against different held-out cells; measure the older ones "
+            "again (the command that trained them does so)"
+        )
     of_version = {record.get("measured", {}).get("metrics_version"): record for record in records}
     if len(of_version) > 1:
         runs = [f"{r['model']} {r['preset']} seed {r['seed']}" for r in of_version.values()]
@@ -533,16 +553,17 @@ def _check_same_metrics(records: list[dict]) -> None:
         )
 
 
-def _check_same_classifier(metrics: list[dict]) -> None:
+def check_same_classifier(metrics: list[dict]) -> None:
     """Refuse class agreement by several classifiers: of most data, each machine trains its own."""
-    if len({m["agreement"]["classifier_sha256"] for m in metrics if "agreement" in m}) > 1:
+    found = [m["agreement"].get("classifier_sha256") for m in metrics if "agreement" in m]
+    if len(set(found)) > 1:
         raise InputError(
             "the class agreement of these runs was measured by different classifiers; delete the "
             "record.json of the older ones and run the command that trained them again"
         )
 
 
-def _check_trainings(name: str, group: list[dict]) -> None:
+def check_trainings(name: str, group: list[dict]) -> None:
     """Refuse a mean over anything but trainings of one configuration with a seed each."""
     seeds = [record["seed"] for record in group]
     if len(set(seeds)) < len(seeds):
@@ -565,7 +586,7 @@ def _check_trainings(name: str, group: list[dict]) -> None:
 
 
 def _row(model: str, preset: str, dataset: str, group: list[dict]) -> dict:
-    _check_trainings(f"{model} {preset} on {dataset}", group)
+    check_trainings(f"{model} {preset} on {dataset}", group)
     metrics = [record["metrics"] for record in group]
     protocol = Protocol(**metrics[0]["protocol"])
     note, shown = protocol.frechet_warning, metrics
@@ -714,22 +735,26 @@ def _verdict(metrics: list[dict]) -> str:
     return ", ".join(f"{verdict} ({n})" for verdict, n in sorted(counts.items()))
 
 
-def _nearer_than_real(row: dict, floor: dict) -> str:
-    """By which numbers the images lie nearer to training cells than real ones do, if by any.
+def _nearer_than_real(authpct: float | None, ct: float | None, n: int, floor: dict) -> str:
+    """By which numbers n images lie nearer to training cells than real ones do, if by any.
 
-    AuthPct is a share of images, and C_T a z-score: both beyond three standard errors.
+    AuthPct by more than three standard errors; C_T where it is below -3 and below real cells'.
     """
     real = floor.get("copies", {})
     names = []
-    authentic, control = row["authpct_mean"], real.get("authpct")
-    if None not in (authentic, control):
+    if None not in (authpct, real.get("authpct")):
         n_real = real["n_images"] + real.get("n_held_out", 0)
-        shares = (authentic, row["n_fake"]), (control, n_real)
-        error = math.sqrt(sum(p * (100 - p) / n for p, n in shares))
-        names += ["AuthPct"] * (authentic < control - SURE * error)
-    if None not in (row["ct_mean"], real.get("ct")):
-        names += ["C_T"] * (row["ct_mean"] < min(-SURE, real["ct"]))
+        shares = (authpct, n), (real["authpct"], n_real)
+        error = math.sqrt(sum(p * (100 - p) / size for p, size in shares))
+        names += ["AuthPct"] * (authpct < real["authpct"] - SURE * error)
+    if None not in (ct, real.get("ct")):
+        names += ["C_T"] * (ct < min(-SURE, real["ct"]))
     return " and ".join(names)
+
+
+def _with_nearness(verdict: str, nearer: str) -> str:
+    """A verdict, and what `_nearer_than_real` found."""
+    return f"{verdict}; nearer than real cells by {nearer}" if nearer else verdict
 
 
 def _rules(row: dict) -> str:
@@ -801,8 +826,8 @@ TRUST_WORDS = {
     "ct": "C_T: below real cells' where images lie nearer to training cells than real ones do, by "
     "copying or by drawing the usual kinds alone, which is told beside the verdict below -3. C_T "
     "grows with the number of images; that of real cells is of one half of them, with the other as "
-    "held out, while their AuthPct is of all. With 8 to 12 regions instead of 10 real cells' moves "
-    "by 0.1, a generator's by up to a quarter, or 0.6.",
+    "held out, while their AuthPct is of all. It depends on the regions, too, of which there are "
+    "up to ten.",
 }
 
 
@@ -825,10 +850,8 @@ def _one_table(
             cells[0] = row["note"]
         about = {"Images seen": number(row["images_seen"], ",.0f"), "Stored as": row["stored_as"]}
         cells = [*(about[title] or "–" for title in training), *cells]
-        words = row["copies_verdict"] or "–"
-        if row["nearer_than_real"]:
-            nearer = in_words_of(row["dataset"], "nearer than real cells")
-            words += f"; {nearer} by {row['nearer_than_real']}"
+        words = _with_nearness(row["copies_verdict"] or "–", row["nearer_than_real"])
+        words = in_words_of(row["dataset"], words)
         text = " | ".join(cells + [words] * verdict)
         lines.append(f"| {row['model']} | {row['preset'] or '–'} | {seeds} | {text} |")
     return "\n".join(lines)
@@ -855,6 +878,8 @@ def update_readme(readme: str | Path, folder: str | Path) -> None:
     Raises InputError where a mark or the main table is missing.
     """
     readme, folder = Path(readme), Path(folder)
+    if not readme.is_file():
+        raise InputError(f"{readme} does not exist; name the README to put the tables into")
     before, start, rest = readme.read_text(encoding="utf-8").partition(README_START)
     mark, end, after = rest.partition(README_END)
     if not start or not end:

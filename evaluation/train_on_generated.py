@@ -14,7 +14,13 @@ import torch
 
 from evaluation import classification, figures
 from evaluation.augmentation import BATCH_SIZE, LR, SCORES, TITLES, VERSION
-from evaluation.tables import mean_and_sd, reduced_shortfall, write_rows
+from evaluation.tables import (
+    check_same_classifier,
+    check_trainings,
+    mean_and_sd,
+    reduced_shortfall,
+    write_rows,
+)
 from utils import ImageSet, InputError, in_words_of, seed_everything, write_text
 
 CLASSIFIER, UPDATES = "cnn", 3000
@@ -94,7 +100,7 @@ def may_be_shown(records: list[dict]) -> list[dict]:
     groups = defaultdict(list)
     for record in records:
         if "agreement" in record["metrics"] and record["budget"] != "quick":
-            groups[record["model"], record["preset"]].append(record)
+            groups[record["model"], record["preset"], record["budget"]].append(record)
     shown = [
         record
         for group in groups.values()
@@ -124,7 +130,7 @@ def compare(runs: list[tuple[dict, dict]]) -> list[dict]:
     """
     groups = defaultdict(list)
     for record, found in runs:
-        groups[record["model"], record["preset"]].append((record, found))
+        groups[record["model"], record["preset"], record["budget"]].append((record, found))
     names = (*rules(), "n", "n_test")
     measured = {tuple(found[name] for name in names) for _, found in runs}
     if len(measured) > 1:
@@ -133,10 +139,12 @@ def compare(runs: list[tuple[dict, dict]]) -> list[dict]:
         )
     one_of_each = {record["seed"]: found["real"] for record, found in runs}
     rows = [_row(REAL, "", list(one_of_each.values()), [])]
-    for (model, preset), group in groups.items():
+    check_same_classifier([record["metrics"] for record, _ in runs])
+    for (model, preset, budget), group in groups.items():
+        check_trainings(f"{model} {preset}", [record for record, _ in group])
         reverse = [record["metrics"]["agreement"]["agreement"] for record, _ in group]
         row = _row(model, preset, [found["generated"] for _, found in group], reverse)
-        rows.append(row | {"budget": group[0][0]["budget"]})
+        rows.append(row | {"budget": budget})
     data, first = runs[0][0]["dataset"], runs[0][1]
     shared = {name: first[name] for name in names}
     shared |= {"dataset": data["name"], "duplicates": data["duplicates_across_splits"]}
@@ -210,16 +218,20 @@ def _cell(row: dict, name: str) -> str:
     return f"{mean:.3f}" if sd is None else f"{mean:.3f} ± {sd:.3f}"
 
 
-def read_or_measure(path: Path, weights_key: str, measure: Callable[[], dict]) -> dict:
-    """What `measure` returned for the weights with this key, kept at `path` and measured once."""
+def read_or_measure(path: Path, record: dict, measure: Callable[[], dict]) -> dict:
+    """What `measure` returned for the training of this record, kept at `path`, measured once."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # none is there, or half a one
         stored = {}
-    wanted = {"weights_key": weights_key, **rules()}
+    training = {name: record[name] for name in ("kept_step", "seconds", "device")}
+    training["held_out_sha256"] = record["dataset"].get("held_out_sha256")
+    key = {"weights_key": record["weights_key"]}
+    wanted = {**key, **training, **rules()}
+    stored = {**training, **stored}  # older files do not name it
     if {name: stored.get(name) for name in wanted} == wanted:
         return stored
-    result = {"weights_key": weights_key, **measure()}
+    result = {**key, **training, **measure()}
     text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
     write_text(path, text)
     return result

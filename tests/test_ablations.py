@@ -144,7 +144,7 @@ def test_means_and_differences_from_the_own_baseline():
     assert rows[1]["frechet_sd"] == pytest.approx(math.sqrt(50))
     assert rows[2]["frechet_sd"] is None
     # The last row's model has no baseline yet, and another model's is none for it.
-    assert [r["difference"] for r in rows] == [None, 30, -5, None, None, None]
+    assert [r["difference"] for r in rows] == [None, 35, 5, None, None, None]  # of shared seeds
     assert [r["images_seen"] for r in rows[1:4]] == [1_190_400, 595_200, None]
     assert {r["protocol"] for r in rows} == {Protocol(**PROTOCOL).key()}
 
@@ -158,8 +158,8 @@ def test_written_table(tmp_path):
     one, several = "0.25 ± – | 0.750 ± – | 0.500 ± –", "0.25 ± 0 | 0.750 ± 0.000 | 0.500 ± 0.000"
     assert lines[start + 2 : start + 8] == [
         f"| cvae | baseline | – | 3 | 1,190,400 | 100.0 ± 10.0 | – | {several} |",
-        f"| cvae | latent 8 | its latent 8 | 2 | 1,190,400 | 130.0 ± 7.1 | +30.0 | {several} |",
-        f"| cvae | half | its half | 1 | 595,200 | 95.0 ± – | -5.0 | {one} |",
+        f"| cvae | latent 8 | its latent 8 | 2 | 1,190,400 | 130.0 ± 7.1 | +35.0 | {several} |",
+        f"| cvae | half | its half | 1 | 595,200 | 95.0 ± – | +5.0 | {one} |",
         "| cvae | lr 1 | its lr 1 | 0 | – | not measured | – | – | – | – |",
         "| dcgan | baseline | – | 0 | – | not measured | – | – | – | – |",
         f"| dcgan | latent 8 | its latent 8 | 1 | 1,190,400 | 200.0 ± – | – | {one} |",
@@ -169,7 +169,7 @@ def test_written_table(tmp_path):
     with open(tmp_path / "table.csv", encoding="utf-8", newline="") as file:
         written = list(csv.DictReader(file))
     assert [r["settings"] for r in written[:3]] == ["{}", '{"latent_dim": 8}', '{"epochs": 10}']
-    assert float(written[2]["difference"]) == -5
+    assert float(written[2]["difference"]) == 5
     assert written[3]["frechet_mean"] == "" and written[3]["note"] == "not measured"
 
 
@@ -389,7 +389,7 @@ def test_a_failed_run_is_named_and_the_table_is_made(suite, tmp_path, capsys):
     code, _ = suite("--ablations", "tiny", "--models", "cvae", fail=[name])
     assert code == 1
     assert f"failed: {name}: ValueError: its own" in capsys.readouterr().err
-    assert table_of(tmp_path)[1] == ("cvae", "Latent 8, short", "1", "92.0", "-9.0")
+    assert table_of(tmp_path)[1] == ("cvae", "Latent 8, short", "1", "92.0", "-8.0")
 
 
 def test_an_old_run_of_another_protocol_leaves_no_table(suite, tmp_path, capsys):

@@ -393,6 +393,12 @@ def test_four_of_five_folds_decide_nothing():
     assert row["verdict"] == "better"
     *_, row = augmentation.compare([r for r in records if r["identity"]["fold"] != 2])
     assert row["p"] < 0.05 and row["verdict"] == "too few folds"
+    # Nor do five of an arm, compared in four.
+    third = augmentation.REFERENCE, 2
+    *_, row = augmentation.compare(
+        [r for r in records if (r["identity"]["arm"]["name"], r["identity"]["fold"]) != third]
+    )
+    assert (row["folds"], row["verdict"]) == (5, "too few folds")
 
 
 def test_any_number_of_arms_has_its_curves():

@@ -296,6 +296,18 @@ def test_bad_input_ends_with_one_sentence_and_leaves_nothing(folder, arguments, 
     assert "grey.png" in sentence and not (tmp_path / "out").exists()
 
 
+def test_an_image_of_absurd_size_is_named(folder, monkeypatch, bad_input):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with bad_input("000.png", "cannot be read"):
+        load_images(folder, BLOOD_CLASSES)
+
+
+@pytest.mark.parametrize("option", ["--image-size", "--data-root"])
+def test_a_file_as_the_reference_takes_no_options_of_a_data_set(option, folder, bad_input):
+    with bad_input(f"{option} goes with a data set", "bloodmnist-28-domain"):
+        main([str(folder), "--reference", "bloodmnist-28-domain", option, "64"])
+
+
 def test_an_unknown_reference_names_those_there_are(folder, bad_input):
     with bad_input("nonsense", "does not exist", "domain"):
         main([str(folder), "--reference", "nonsense"])

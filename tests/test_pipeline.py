@@ -448,6 +448,33 @@ def test_a_truncated_checkpoint_is_bad_input_and_stays(share, make, trained, bad
     assert path.read_bytes() == data
 
 
+def test_a_checkpoint_that_cannot_be_read_is_not_called_broken(make, bad_input):
+    pipeline = make()
+    pipeline.checkpoint_path.mkdir(parents=True)  # reading a folder fails as a disk may
+    with bad_input(str(pipeline.checkpoint_path), "cannot be read"):
+        pipeline.train()
+
+
+def test_a_training_goes_on_with_the_extractor_that_chose_its_best_step(make, bad_input):
+    settings = {"epochs": 4, "validation_epochs": 1}
+    begun = make(checkpoint_seconds=0, **settings)
+
+    def stop(epoch, writer):
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    begun._save_progress_grid = stop
+    with pytest.raises(KeyboardInterrupt):
+        begun.train()
+    before = begun.checkpoint_path.read_bytes()
+    with bad_input(str(begun.checkpoint_path), "another extractor", "go on with that one"):
+        make(extractor="demo", **settings).train()
+    assert begun.checkpoint_path.read_bytes() == before
+    again = make(**settings)
+    again.train()
+    assert again.step == again.total_steps
+
+
 @given(data=st.binary(max_size=60))
 def test_any_other_bytes_are_bad_input(data, fuzzed, bad_input):
     fuzzed.checkpoint_path.write_bytes(data)
@@ -993,12 +1020,15 @@ def test_finished_weights_count_for_more_than_a_checkpoint_of_half_the_way(make,
     begun = make(out="begun")
     begun.save_checkpoint()
     shutil.copy(trained.weights_path, begun.weights_path)
-    again = make(out="begun")
-    again.train()
-    kept = as_kept(again.kept_model().state_dict())
-    assert differences(kept, finished["state"]) == [] and again.step == again.total_steps
-    assert again.history == finished["history"]
-    assert again.evaluate()["seconds"] == finished["training"]["seconds"]
+    for broken in (False, True):
+        if broken:
+            begun.checkpoint_path.write_bytes(begun.checkpoint_path.read_bytes()[:99])
+        again = make(out="begun")
+        again.train()
+        kept = as_kept(again.kept_model().state_dict())
+        assert differences(kept, finished["state"]) == [] and again.step == again.total_steps
+        assert again.history == finished["history"]
+        assert again.evaluate()["seconds"] == finished["training"]["seconds"]
 
 
 def read_weights(pipeline: GenerativePipeline) -> dict:
@@ -1137,6 +1167,14 @@ def test_settings_of_the_sampler_are_measured_from_the_same_weights(make, monkey
     assert pipeline.measure_sampling(variants, n=16) == rows
     with pytest.raises(TypeError):
         pipeline.measure_sampling(variants, n=12)
+    pipeline.training = pipeline.training | {"precision": "bfloat16"}  # trained again
+    with pytest.raises(TypeError):
+        pipeline.measure_sampling(variants, n=16)
+
+
+def test_only_the_sampler_s_settings_are_compared(make, bad_input):
+    with bad_input("rho", "can't be compared here", "guidance_scale"):
+        make("ddpm", preset="best").measure_sampling([{"rho": 5.0}])
 
 
 def test_images_have_the_usual_size_of_their_data_set_unless_another_is_set(make, pbc_folder):
@@ -1170,6 +1208,7 @@ def test_a_conditional_model_is_measured_class_by_class(make, monkeypatch, bad_i
     images = pipeline.sample(labels)
     again = per_class.evaluate_per_class(images, labels, pipeline.sets, pipeline.extractor())
     of = ("weights_key", "extractor_sha256", "version", "n", "held_out_sha256", "classes")
+    of += ("training_key",)
     assert {**again, **{name: result[name] for name in of}} == result
     assert result["weights_key"] == pipeline.weights_key() and result["n"] == 4
     files = {path.name for path in pipeline.out.glob("per_class.*")}
@@ -1180,6 +1219,9 @@ def test_a_conditional_model_is_measured_class_by_class(make, monkeypatch, bad_i
     # It depends on weights, not on what else the record holds.
     monkeypatch.setattr(protocol, "METRICS_VERSION", 99)
     assert pipeline.evaluate_per_class(n=4) == result
+    pipeline.training = pipeline.training | {"precision": "bfloat16"}  # trained again
+    with pytest.raises(TypeError):
+        pipeline.evaluate_per_class(n=4)
     unconditional = make(out="other")
     unconditional.train()
     with bad_input("cvae", "class"):
@@ -1195,6 +1237,14 @@ def test_images_are_stored_as_jpeg_where_the_data_was(name, elsewhere, make):
     assert make(name, preset="best", sets={"train": other}).config.jpeg_quality == elsewhere
     given = make(name, preset="best", sets={"train": other}, jpeg_quality=80)
     assert given.config.jpeg_quality == 80
+
+
+@pytest.mark.parametrize("data", ["MNIST (test digits)", "CelebA Smiling", "PBC"])
+def test_images_with_an_up_are_not_turned(data, make):
+    train = make("dcgan").sets["train"]
+    own = {"train": ImageSet(data, "train", train.images, train.labels, train.classes)}
+    assert make("dcgan", preset="best", sets=own).config.flips_and_turns == (data == "PBC")
+    assert make("dcgan", preset="best", sets=own, flips_and_turns=True).config.flips_and_turns
 
 
 def test_settings_that_came_later_leave_the_identity_of_earlier_runs_as_it_was(make):

@@ -296,6 +296,8 @@ def test_measuring_anew_takes_only_what_fits_the_options(second, tmp_path, bad_i
         run_suite.main([*QUICK, *again, "--models", "vae"])
     with bad_input("--set does not go with --remeasure"):
         run_suite.main([*QUICK, *again, "--set", "epochs=2"])
+    with bad_input("--jobs does not go with --remeasure"):
+        run_suite.main([*QUICK, *again, "--jobs", "2"])
     assert not (tmp_path / "new").exists()
 
 

@@ -14,6 +14,7 @@ from evaluation.tables import (
     collect,
     floor_of,
     metrics_table,
+    per_class_markdown,
     per_class_table,
     results_table,
     split_by_budget,
@@ -321,6 +322,9 @@ def test_real_cells_stand_above_the_classes(tmp_path):
     text = (tmp_path / "t.md").read_text()
     numbers = "0.500 | 0.500 | 0.250 | 0.750 |"
     assert f"| real images (held out) | – | basophil | – | 900 | 365 | {numbers}" in text
+    assert "or the class of a real test cell, among images with the test split's" in text
+    alone = per_class_markdown(per_class_table([run]))  # as of images from a folder
+    assert "Agreement: how often" in alone and "test" not in alone
     assert "| ddpm | best | basophil | 1 | 900 | 300 | 0.500 ± – |" in text
     with pytest.raises(InputError, match=r"different protocols.*n_fake"):
         per_class_table([run], floor | {"protocol": PROTOCOL | {"n_fake": 5000}})
@@ -339,6 +343,7 @@ def test_real_cells_stand_above_the_classes(tmp_path):
     ],
 )
 def test_images_nearer_to_training_cells_than_real_ones_are_told(authpct, ct, words, tmp_path):
+    """In the table, and beside the numbers of one training."""
     verdict = {"verdict": "no sign of copies"}
     one, floor = record(0), metrics(18.0)
     one["metrics"]["copies"] = verdict | {"authpct": authpct, "ct": ct}
@@ -349,8 +354,10 @@ def test_images_nearer_to_training_cells_than_real_ones_are_told(authpct, ct, wo
     assert [row["nearer_than_real"] for row in rows] == ["", words]
     assert rows[0]["authpct_mean"] == pytest.approx((77.4 + 80.6) / 2, abs=0.001)  # all real cells
     write_table(rows, tmp_path, "t")
-    told = f"no sign of copies; nearer than real cells by {words} |"
-    assert (told in (tmp_path / "t.md").read_text()) == bool(words)
+    told = f"no sign of copies; nearer than real cells by {words}"
+    assert (f"{told} |" in (tmp_path / "t.md").read_text()) == bool(words)
+    one["metrics"]["floor"] = floor
+    assert (f"{told}." in metrics_table(one["metrics"])) == bool(words)
 
 
 def test_tables_of_other_images_name_what_they_show(tmp_path):
@@ -373,7 +380,7 @@ def test_tables_of_other_images_name_what_they_show(tmp_path):
         each = (tmp_path / "classes.md").read_text()
         assert f"train {word}s of that class" in each
         whole = metrics_table(one["metrics"])
-        assert f"Copies of training {word}s: no sign of copies." in whole
+        assert f"training {word}s: no sign of copies; nearer than real {word}s by C_T." in whole
         assert word == "cell" or "cell" not in text + each + whole
 
 
@@ -508,6 +515,8 @@ def test_a_readme_says_what_two_tables_share_once(tmp_path, bad_input):
     readme.write_text("# A\n")
     with bad_input(str(readme), "lacks the marks"):
         update_readme(readme, tmp_path)
+    with bad_input("NOTHING.md does not exist"):
+        update_readme(tmp_path / "NOTHING.md", tmp_path)
 
 
 def test_an_empty_table_is_refused(tmp_path):

@@ -91,7 +91,9 @@ def test_a_run_from_the_command_line(command, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
-def test_classes_of_a_finished_run_are_measured_from_its_weights(command, tmp_path, monkeypatch):
+def test_classes_of_a_finished_run_are_measured_from_its_weights(
+    command, tmp_path, monkeypatch, capsys
+):
     command += ["--conditional", "true"]
     assert run_here(command, monkeypatch) == 0
     run = tmp_path / "run"
@@ -101,6 +103,11 @@ def test_classes_of_a_finished_run_are_measured_from_its_weights(command, tmp_pa
     (run / "record.json").unlink()  # now all in one process
     assert run_here([*command, "--per_class", "4"], monkeypatch) == 0
     assert (run / "per_class.json").read_bytes() == found
+    (run / "weights.pt").unlink()
+    (run / "checkpoint.pt").unlink()
+    assert run_here([*command, "--per_class", "4"], monkeypatch) == 2  # nothing to draw with
+    assert "has no weights.pt beside it" in capsys.readouterr().err
+    assert not (run / "weights.pt").exists()
 
 
 @pytest.mark.parametrize("model", ["dcgan", "ddpm", "cwgan_gp"])

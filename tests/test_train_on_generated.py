@@ -143,13 +143,23 @@ def test_a_run_is_measured_once(tmp_path, monkeypatch):
         calls.append(1)
         return {**module.rules(), "calls": len(calls)}
 
-    first = read_or_measure(path, "a", measure)
-    assert read_or_measure(path, "a", measure) == first == json.loads(path.read_text())
-    assert read_or_measure(path, "b", measure)["calls"] == 2  # another run
+    run = {"weights_key": "a", "kept_step": 1, "seconds": 2.0, "device": "CPU", "dataset": {}}
+    first = read_or_measure(path, run, measure)
+    assert read_or_measure(path, run, measure) == first == json.loads(path.read_text())
+    other = run | {"weights_key": "b"}
+    assert read_or_measure(path, other, measure)["calls"] == 2  # another run
     path.write_text(path.read_text()[:9])
-    assert read_or_measure(path, "b", measure)["calls"] == 3
+    assert read_or_measure(path, other, measure)["calls"] == 3
+    older = json.loads(path.read_text())
+    del older["seconds"], older["held_out_sha256"]
+    path.write_text(json.dumps(older))
+    assert read_or_measure(path, other, measure)["calls"] == 3  # an older file lacks these
     monkeypatch.setattr(module, "LR", 0.5)  # other rules: what is kept was measured otherwise
-    assert read_or_measure(path, "b", measure)["calls"] == 4
+    assert read_or_measure(path, other, measure)["calls"] == 4
+    other |= {"seconds": 3.0}  # trained again, on another device
+    assert read_or_measure(path, other, measure)["calls"] == 5
+    other |= {"dataset": {"held_out_sha256": "0"}}
+    assert read_or_measure(path, other, measure)["calls"] == 6
 
 
 def test_the_command(data_root, tiny_extractor, tmp_path, monkeypatch, capsys, bad_input):
