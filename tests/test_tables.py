@@ -500,6 +500,15 @@ def test_header_names_another_extractor_and_notes_stand_in_the_row(tmp_path):
     assert "100.0" not in text and "0.75" not in text
 
 
+def test_runs_against_other_held_out_cells_share_no_table(bad_input):
+    one, other = record(0), record(1)
+    one["dataset"] = one["dataset"] | {"held_out_sha256": "0"}
+    results_table([one, other])  # older records do not name them
+    other["dataset"] = other["dataset"] | {"held_out_sha256": "1"}
+    with bad_input("different held-out cells"):
+        results_table([one, other])
+
+
 def test_a_readme_says_what_two_tables_share_once(tmp_path, bad_input):
     (tmp_path / "results.md").write_text("| full |\n\nOf cells.\n\nOthers:\n\n| others |\n")
     (tmp_path / "results_reduced.md").write_text("| small |\n\nOf cells.\n\nOthers:\n\n| 2 |\n")

@@ -67,6 +67,8 @@ def made_run(model: str, seed: int, value: float, budget: str = "full") -> tuple
         "preset": "best",
         "seed": seed,
         "budget": budget,
+        "config": {},
+        "versions": {"code": 1},
         "dataset": {"name": "cells", "sha256": "0", "duplicates_across_splits": 2},
         "metrics": {"agreement": {"agreement": value / 2}, "frechet_distance": 1.0},
     }
@@ -96,6 +98,7 @@ def test_the_table_is_made_from_records(tmp_path):
 def test_the_report_on_digits_speaks_of_digits():
     runs = [made_run("cgan", 0, 0.8)]
     runs[0][0]["dataset"]["name"] = "MNIST"
+    runs[0][0]["preset"] = "baseline"  # the only one of its own
     rows = compare(runs)
     text = module.markdown(rows)
     assert "| real digits | 1 | " in text and "4 real digits" in text and "cell" not in text
@@ -113,12 +116,25 @@ def test_reduced_budgets_have_a_table_of_their_own():
     for part in (full, reduced):
         assert part.count("| real cells | ") == 2 and "10 images" in part
     assert text.endswith("|\n") and "reduced" not in module.markdown(compare(runs[:1]))
+    # Nor do two budgets of one preset share a mean.
+    both = [made_run("cvae", 0, 0.2), *(made_run("cvae", i, 0.8, "reduced") for i in range(3))]
+    rows = {row["budget"]: row for row in compare(both)[1:]}
+    assert [rows[budget]["seeds"] for budget in ("full", "reduced")] == [1, 3]
+    assert module.may_be_shown([record for record, _ in both[:2]]) == [both[0][0]]
 
 
 def test_what_was_measured_otherwise_is_refused(bad_input):
     first, other = made_run("cvae", 0, 0.2), copy.deepcopy(made_run("cwgan_gp", 0, 0.2))
     other[1]["updates"] = 41
     with bad_input("not measured alike"):
+        compare([first, other])
+    with bad_input("hold one twice"):
+        compare([first, copy.deepcopy(first)])
+    other = copy.deepcopy(first)
+    for run, sha256 in ((first, "0"), (other, "1")):
+        run[0]["metrics"]["agreement"]["classifier_sha256"] = sha256
+    other[0]["seed"] = 1
+    with bad_input("different classifiers"):
         compare([first, other])
 
 
