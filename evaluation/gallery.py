@@ -20,7 +20,7 @@ ABLATIONS = (
     "Each change against its model's unchanged preset, the dashed line; bars: ± sd over trainings."
 )
 COMPARISONS = {
-    "comparison.png": "Real images beside those of the published presets and their stand-ins, the "
+    "comparison.png": "Real images beside those of the `baseline` presets and their stand-ins, the "
     "first that were drawn.",
     "comparison_best.png": "Real images beside those of the `best` presets, or of a stand-in where "
     "it says reduced, the first that were drawn.",
@@ -260,7 +260,14 @@ def _checkpoints(results: Path) -> list[str]:
         now = _read(shipped)["checkpoint"]["sha256"] if shipped.is_file() else None
         by = drawn_by["file"] if now == drawn_by["sha256"] else f"an earlier {drawn_by['file']}"
         files = {"demo_cells.npz": "2,000 cells", "demo_cells.json": "their record"}
-        words = f"The data set `demo` was drawn with {by}: {_links(results, results, files)}."
+        found = _read(results / "demo_cells.json")["copies"]
+        words = (
+            f"The data set `demo` was drawn with {by}: {_links(results, results, files)}. The "
+            f"search for copies of training cells says: {found['verdict']}. AuthPct is "
+            f"{found['authpct']:.1f} (held-out real cells: {found['authpct_held_out']:.1f}), C_T "
+            f"{found['ct']:.1f}; less than real cells' is told of copies, and of the usual kinds "
+            "of cells alone."
+        )
         parts.append(words)
         parts += _pictures(results, results, {"demo_cells.png": "The first eight of each class."})
     return parts
@@ -275,8 +282,11 @@ def _studies(results: Path) -> list[str]:
         files = {
             f"{name}.md": "all tables",
             f"{name}.csv": "with all digits",
-            f"{name}/fold0-seed0/notebook.ipynb": "the first fold, explained and executed",
         }
+        # The last to be run has seen the folds before it.
+        notebooks = sorted(folder.glob(f"{name}/fold*-seed*/notebook.ipynb"))
+        for path in notebooks[-1:]:
+            files[path.relative_to(folder).as_posix()] = "the last fold, explained and executed"
         parts += [f"### {title}", _links(results, folder, files)]
         for ending, caption in STUDY_PICTURES.items():
             paths = sorted(folder.glob(f"{name}{ending}*.png" if ending else f"{name}.png"))

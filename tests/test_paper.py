@@ -274,13 +274,17 @@ def test_ablations_appear_with_their_rows(copy):
     folder.mkdir(parents=True, exist_ok=True)
     numbers = {"frechet_mean": "1700.04", "frechet_sd": "", "kid_mean": "88.1", "kid_sd": ""}
     row = {"model": "cvae", "ablation": "latent 32", "seeds": "1", "difference": "-55.0"} | numbers
-    write_rows(folder / "table.csv", [row, row | {"ablation": "never trained", "frechet_mean": ""}])
+    row |= {"settings": '{"latent_dim": 32}'}
+    missing = row | {"ablation": "never trained", "frechet_mean": ""}
+    alone = row | {"model": "dcgan", "ablation": "never changed", "settings": "{}"}
+    write_rows(folder / "table.csv", [row, missing, alone])
     text = words(copy)
     assert (
         "latent 32" in text
         and "1,700.0" in text
         and "−55.0" in text
         and "never trained" not in text
+        and "never changed" not in text
     )
 
 
