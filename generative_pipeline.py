@@ -559,8 +559,8 @@ class GenerativePipeline:
         return self._extractor
 
     def weights_key(self) -> str:
-        """Hash of config, data and code version: on a CPU, in one precision, equal keys are equal
-        weights.
+        """Hash of config, data and code version: on one CPU, with one number of threads and in one
+        precision, equal keys are equal weights.
         """
         return _hash(self._named())
 
