@@ -64,7 +64,7 @@ PUBLISHED = (
     Ablation("epochs 250", "ddpm", "baseline", {"epochs": 250}, "half as long"),
 )
 
-# Each of our changes taken away again, one at a time.
+# Each of our changes that is a setting, taken away again, one at a time.
 BEST = (
     Ablation("best", "cvae", "best"),
     Ablation("normal prior", "cvae", "best", {"fitted_prior": False}, "N(0, I), not fitted"),
