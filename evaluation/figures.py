@@ -523,7 +523,7 @@ def quality_and_cost(records: list[dict], names: dict[str, str]) -> Figure:
     for record in records:
         machine = record["device"]
         if "CPU" in machine:
-            machine += f", threads: {record['threads']}"
+            machine += f",\nthreads: {record['threads']}"
         machines.setdefault(machine, []).append(record)
     panels = [("images seen in training", "images_seen", records)]
     panels += [(f"seconds on {machine}", "seconds", own) for machine, own in machines.items()]
