@@ -356,7 +356,7 @@ def test_the_readmes_words_on_usefulness_have_the_numbers_of_the_records():
     }
     by_distance = sorted(distance, key=lambda key: distance[key]["frechet_mean"])
     by_use = sorted(distance, key=lambda key: -float(mean[key]))
-    assert ("cwgan_gp", "best") == by_use[-1] and ("cwgan_gp", "best") in by_distance[:2]
+    assert by_use[-1] == ("cwgan_gp", "best") and ("cwgan_gp", "best") in by_distance[:2]
     assert by_use[0] == ("ddpm", "best_small") and len(by_use) == 4
     far, near = (distance["cwgan_gp", preset]["frechet_mean"] for preset in ("baseline", "best"))
     assert round(far / near) == 18
