@@ -279,7 +279,7 @@ CHANGED = {
     "EMA": (("config", "ema_decay"), 0.125, "EMA of the weights: decay 0.125"),
     "no EMA": (("config", "ema_decay"), 0.0, "EMA of the weights: none"),
     "budget": (("budget",), "full", "budget: full"),
-    "verdict": (("metrics", "copies", "verdict"), "copies", "Copies of training cells: copies."),
+    "verdict": (("metrics", "copies", "verdict"), "copies", "Copies of training cells: copies"),
     "kid": (("metrics", "kid"), 12.5, "| KID | 12.5 ±"),
     "floor": (("metrics", "floor", "precision"), 0.625, "| 0.625 |"),
     "pairs": (("dataset", "duplicates_across_splits"), 3141, "across splits: 3141"),
