@@ -344,7 +344,7 @@ def test_the_readmes_words_on_usefulness_have_the_numbers_of_the_records():
     for sentence in (
         f"has a balanced accuracy of {mean['ddpm', 'best_small']} ± {sd['ddpm', 'best_small']} on",
         f"of four generators; as many real cells give {mean['real cells', '']}.",
-        f"the cWGAN-GP's `best`, about as near, gives {mean['cwgan_gp', 'best']} (one training), its",
+        f"cWGAN-GP's `best`, about as near, gives {mean['cwgan_gp', 'best']} (one training), its",
         f"at eighteen times the distance, {mean['cwgan_gp', 'baseline']} (one), and",
         f"CVAE's `best` {mean['cvae', 'best']} (five)",
     ):
