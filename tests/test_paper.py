@@ -256,7 +256,7 @@ def test_digits_appear_with_their_records(copy):
     assert "test digits were at hand" not in text and "By digit" not in text
 
     classes = rows_of("results_per_class.csv")
-    classes[-1] |= {"class": "5", "agreement_mean": "0.1234"}
+    classes[-1] |= {"class": "5", "agreement_mean": "0.1234", "agreement_sd": ""}
     write_rows(folder / "results_per_class.csv", classes)
     write_rows(folder / "results.csv", [floor, row | {"dataset": "MNIST (test digits)"}])
     Image.new("RGB", (20, 10)).save(run / "samples.png")
