@@ -119,7 +119,7 @@ class Model(nn.Module):
         # -log D = softplus(-l) and -log(1 - D) = softplus(l): the binary cross entropy.
         with torch.no_grad():
             fakes = self.generator(self.latents(n, device), labels)
-        # Losses are sums, in float32 under autocast, too.
+        # The losses are taken in float32, under autocast, too.
         real_logits = self.discriminator(images, labels).float()
         fake_logits = self.discriminator(fakes, labels).float()
         loss_d = F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()

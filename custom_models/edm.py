@@ -51,8 +51,8 @@ class Config(ModelConfig):
     sigma_max: float = 80.0  # highest level, where sampling begins
     rho: float = 7.0  # how much denser the levels lie at low noise; 1: evenly
     guidance_scale: float = 1.0  # how strongly the class pulls at a sample; 1: as trained
-    # The network draws JPEG's traces by itself where its cells had them; JPEG once more made the
-    # cells of `best_small` worse, by validation KID.
+    # Off: stored as JPEG once more, cells of `best_small` were farther from validation cells, which
+    # were stored so, by KID.
     jpeg_quality: int = 0  # of a JPEG that samples are stored in, 1 to 100; 0: none
     jpeg_chroma: str = "dct"  # how JPEG halves colours: mean, or dct as BloodMNIST's own
     SAMPLING: ClassVar[tuple] = (

@@ -265,8 +265,8 @@ def _checkpoints(results: Path) -> list[str]:
             f"The data set `demo` was drawn with {by}: {_links(results, results, files)}. The "
             f"search for copies of training cells says: {found['verdict']}. AuthPct is "
             f"{found['authpct']:.1f} (held-out real cells: {found['authpct_held_out']:.1f}), C_T "
-            f"{found['ct']:.1f}; less than real cells' is told of copies, and of the usual kinds "
-            "of cells alone."
+            f"{found['ct']:.1f}: lower than real cells' means nearer to training cells, by copying "
+            "or by drawing the usual kinds of cells alone."
         )
         parts.append(words)
         parts += _pictures(results, results, {"demo_cells.png": "The first eight of each class."})
