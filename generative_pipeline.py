@@ -171,6 +171,10 @@ class GenerativePipeline:
         self.model = self.config.build()
         self.model.to(self.device, memory_format=torch.channels_last)
         self.optimizers = self.model.optimizers()
+        if self.device.type == "cuda":  # one kernel for all weights instead of dozens
+            for optimizer in self.optimizers.values():
+                for group in optimizer.param_groups:
+                    group["fused"] = True
         decay = self.config.ema_decay
         self.ema = RunningMean(self.model, decay) if decay else None
         self.step, self.seconds, self.history, self.best = 0, 0.0, [], None
@@ -927,16 +931,21 @@ def _writing_to(folder: str | Path):
 
 @contextlib.contextmanager
 def _deterministic_on(device: torch.device):
-    """Deterministic algorithms for a CPU training; they cost too much to force on a GPU."""
+    """Deterministic algorithms for a CPU training; they cost too much to force on a GPU, where the
+    fastest convolutions are looked for instead.
+    """
     before = torch.are_deterministic_algorithms_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
+    search = torch.backends.cudnn.benchmark
     torch.use_deterministic_algorithms(before or device.type == "cpu")
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid, and slow
+    torch.backends.cudnn.benchmark = device.type == "cuda"
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
         torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.backends.cudnn.benchmark = search
 
 
 def _peak_memory() -> int | None:
