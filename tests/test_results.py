@@ -197,7 +197,30 @@ def test_the_readmes_words_have_the_numbers_of_the_records():
     runs = [r for r in RECORDS[RESULTS] if (r["model"], r["preset"]) == ("cwgan_gp", "best")]
     assert len(runs) == 2 and "the cWGAN-GP's `baseline` once and its `best` twice." in words
     (row,) = tables.results_table(runs)
-    assert f"distance of {row['frechet_mean']:.0f} (cWGAN-GP, two trainings)" in words
+    assert f"the next at {row['frechet_mean']:.0f} (cWGAN-GP, two trainings)" in words
+    runs = [r for r in RECORDS[RESULTS] if (r["model"], r["preset"]) == ("ddpm", "best")]
+    _, row = tables.results_table(runs, tables.floor_of(runs))
+    assert len(runs) == 2 and "diffusion's `best` twice." in words
+    assert f"lies at a Fréchet distance of {row['frechet_mean']:.0f} (two trainings of" in words
+    first, second = (f"{r['metrics']['frechet_distance']:.1f}" for r in runs)
+    times = row["frechet_mean"] / runs[0]["metrics"]["floor"]["frechet_distance"]
+    assert f"lie at {first} and {second}, {times:.1f} times what real cells" in words
+    assert all("H100" in r["device"] and round(r["seconds"] / 30) == 7 for r in runs)  # 3.5 minutes
+    speeds = sorted(round(r["images_per_second"], -2) for r in runs)
+    assert "at {:,.0f} to {:,.0f} images a second each".format(*speeds) in words
+    seconds = sorted(round(r["measured"]["sampling_seconds"]) for r in runs)
+    assert "and drew {:,} cells in {} to {} seconds".format(5133, *seconds) in words
+    millions = runs[0]["images_seen"] / 1e6, runs[0]["parameters"] / 1e6
+    assert "sees {:.1f} million images, with {:.1f} million parameters".format(*millions) in words
+    kids = [[f"{h['validation_kid']:.1f}" for h in r["history"] if "validation_kid" in h] for r in runs]
+    sentence = "the first is {}, {} and {} after each third of it, of the second {}, {} and {}."
+    assert sentence.format(*kids[0], *kids[1]) in words
+    assert row["nearer_than_real"] == ""
+    path = RESULTS / "runs" / "ddpm-best" / "seed0" / "sampling.json"
+    steps = {r["sampling_steps"]: r for r in json.loads(path.read_text())["rows"][1:5]}
+    kids = steps[8]["kid"], steps[32]["kid"]
+    assert "(a KID of {:.1f} and {:.1f}, each ± 0.4)".format(*kids) in words
+    assert {f"{steps[n]['kid_standard_error']:.1f}" for n in (8, 32)} == {"0.4"}
     runs = [r for r in RECORDS[RESULTS] if (r["model"], r["preset"]) == ("ddpm", "small")]
     assert len(runs) == 3 and 0.5e6 < runs[0]["parameters"] < 0.6e6
     assert f"trained on {runs[0]['images_seen']:,} images instead of six million" in words
@@ -213,19 +236,19 @@ def test_the_readmes_words_have_the_numbers_of_the_records():
         if r["preset"] == "best":
             kids = [h["validation_kid"] for h in r["history"] if "validation_kid" in h]
             past[r["model"]] += min(kids) < kids[-1]
-    assert past == {"cvae": 0, "cwgan_gp": 0, "dcgan": 2}
+    assert past == {"cvae": 0, "cwgan_gp": 0, "dcgan": 2, "ddpm": 0}
     sentence = f"of the DCGAN's {NUMBERS[len(dcgan)]} trainings {NUMBERS[past['dcgan']]} had been"
     assert sentence in words
     runs = [r for r in RECORDS[RESULTS] if (r["model"], r["preset"]) == ("ddpm", "best_small")]
     (row,) = tables.results_table(runs)
     real = tables.with_both_halves(tables.floor_of(runs))
     assert len(runs) == 3 and f"at a mean distance of {row['frechet_mean']:.0f} its" in words
-    assert f"and of {row['frechet_mean']:.0f} (a small diffusion model, three trainings" in words
+    assert f"and {row['frechet_mean']:.0f} (a small diffusion model, three trainings" in words
     assert row["precision_mean"] > real["precision"] and row["recall_mean"] < real["recall"]
     assert all(
         r["metrics"]["coverage"] < row["coverage_mean"]
         for r in RECORDS[RESULTS]
-        if (r["model"], r["preset"]) != ("ddpm", "best_small")
+        if (r["model"], r["preset"]) not in (("ddpm", "best_small"), ("ddpm", "best"))
     )
     assert all(50 < r["seconds"] / 60 < 75 for r in runs)
     validated = {"sampling_steps": 16, "jpeg_quality": 75}
@@ -345,10 +368,17 @@ def test_the_readmes_words_on_usefulness_have_the_numbers_of_the_records():
         rows = {(row["model"], row["preset"]): row for row in csv.DictReader(file)}
     mean = {key: f"{float(row['balanced_accuracy_mean']):.3f}" for key, row in rows.items()}
     sd = {key: f"{float(row['balanced_accuracy_sd'] or 0):.3f}" for key, row in rows.items()}
+    folder = RESULTS / "augmentation" / "generators"
+    found = [json.loads(path.read_text()) for path in folder.glob("ddpm-best-seed*.json")]
+    on_gpu = sum(study["real"]["balanced_accuracy"] for study in found) / len(found)
+    assert len(found) == 2 and all("H100" in study["device"] for study in found)
     for sentence in (
-        f"has a balanced accuracy of {mean['ddpm', 'best_small']} ± {sd['ddpm', 'best_small']} on",
-        f"of four generators; as many real cells give {mean['real cells', '']}.",
-        f"cWGAN-GP's `best`, about as near, gives {mean['cwgan_gp', 'best']} (two trainings), its",
+        f"has a balanced accuracy of {mean['ddpm', 'best']} ± {sd['ddpm', 'best']} on",
+        f"real cells give {mean['real cells', '']}, and {on_gpu:.3f} on the GPU where these two were",
+        f"cells alone reads real ones nearly as well as one of real cells ({mean['ddpm', 'best']} and "
+        f"{mean['real cells', '']})",
+        f"`best_small` gives {mean['ddpm', 'best_small']} ± {sd['ddpm', 'best_small']} (three",
+        f"`best`, about as near as that one, gives {mean['cwgan_gp', 'best']} (two trainings), its",
         f"at eighteen times the distance, {mean['cwgan_gp', 'baseline']} (one), and",
         f"CVAE's `best` {mean['cvae', 'best']} (five)",
     ):
@@ -360,8 +390,8 @@ def test_the_readmes_words_on_usefulness_have_the_numbers_of_the_records():
     }
     by_distance = sorted(distance, key=lambda key: distance[key]["frechet_mean"])
     by_use = sorted(distance, key=lambda key: -float(mean[key]))
-    assert by_use[-1] == ("cwgan_gp", "best") and ("cwgan_gp", "best") in by_distance[:2]
-    assert by_use[0] == ("ddpm", "best_small") and len(by_use) == 4
+    assert by_use[-1] == ("cwgan_gp", "best") and ("cwgan_gp", "best") in by_distance[:3]
+    assert by_use[:2] == [("ddpm", "best"), ("ddpm", "best_small")] and len(by_use) == 5
     far, near = (distance["cwgan_gp", preset]["frechet_mean"] for preset in ("baseline", "best"))
     assert round(far / near) == 18
 
