@@ -48,12 +48,12 @@ IN_GRID = 8  # of each class, and columns
 
 
 def as_kept(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights as they are kept on the disk: in float16, whole numbers as they are.
+    """Weights as they are kept on the disk: the CPU's, in float16, whole numbers as they are.
 
     Raises InputError for a weight that float16 can't hold.
     """
     kept = {
-        name: value.half() if value.is_floating_point() else value.clone()
+        name: value.half().cpu() if value.is_floating_point() else value.clone().cpu()
         for name, value in state.items()
     }
     for name, value in kept.items():

@@ -545,6 +545,10 @@ def quality_and_cost(records: list[dict], names: dict[str, str]) -> Figure:
                     label=_run_title(group[0], names),
                 )
             axis.axhline(first["floor"]["frechet_distance"], color="black", lw=1, ls="--")
+            axis.set_xscale("log")
+            low, high = axis.get_xlim()
+            middle, reach = math.sqrt(low * high), max(2, math.sqrt(high / low))
+            axis.set_xlim(middle / reach, middle * reach)  # small differences look small
             for which in ("x", "y"):
                 log_scale(axis, which)
             axis.tick_params("x", labelsize=7)

@@ -17,6 +17,7 @@ from custom_models import MODELS, layers, make_config
 from custom_models.drawing import batch_size
 from custom_models.running_mean import RunningMean
 from evaluation import copies, protocol
+from generative_pipeline import _deterministic_on, fuse
 from utils import random_flips_and_turns, to_model_range, to_uint8
 
 BF16 = torch.bfloat16
@@ -63,6 +64,7 @@ def test_a_training_step_stays_on_the_gpu_and_never_waits_for_it(name, preset, f
     config = make_config(name, preset)
     model = on_gpu(config)
     optimizers, n, side = model.optimizers(), config.images_per_step, config.image_size
+    fuse(optimizers)
     images = torch.zeros(n, config.image_channels, side, side, dtype=torch.uint8, device="cuda")
     labels = torch.zeros(n, dtype=torch.int64, device="cuda")
     for _ in range(2):  # penalties may come every second step
@@ -71,6 +73,17 @@ def test_a_training_step_stays_on_the_gpu_and_never_waits_for_it(name, preset, f
             assert (torch.ones(2, 2, device="cuda") @ torch.ones(2, 2, device="cuda")).dtype == BF16
             logged = model.training_step(reals, labels, optimizers)
         assert {value.device.type for value in logged.values()} == {"cuda"}
+    for optimizer in optimizers.values():  # a fused update counts its steps on the GPU
+        assert {state["step"].device.type for state in optimizer.state.values()} == {"cuda"}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_fastest_convolutions_are_looked_for_on_a_gpu_alone(device):
+    assert not torch.backends.cudnn.benchmark
+    with _deterministic_on(torch.device(device)):
+        assert torch.backends.cudnn.benchmark == (device == "cuda")
+        assert torch.are_deterministic_algorithms_enabled() == (device == "cpu")
+    assert not torch.backends.cudnn.benchmark and not torch.are_deterministic_algorithms_enabled()
 
 
 def test_the_running_mean_stays_on_the_gpu_and_never_waits_for_it(fake, monkeypatch):

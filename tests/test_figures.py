@@ -47,7 +47,7 @@ def test_seconds_of_different_machines_share_no_panel():
         record("cvae", "baseline", "CPU (X)", 10, 50.0),
         record("cvae", "best", "CPU (X)", 20, 5.0),
         record("dcgan", "best", "GPU", 3, 7.0),
-        record("dcgan", "best_64", "GPU", 3, 8.0),
+        record("dcgan", "best_64", "GPU", 3.1, 8.0),
     ]
     all_runs, cpu, gpu = figures.quality_and_cost(records, NAMES).axes
     assert len(dots(all_runs)) == 4
@@ -60,6 +60,8 @@ def test_seconds_of_different_machines_share_no_panel():
     assert dots(cpu)["CVAE baseline"].get_fillstyle() == "none"
     assert dots(all_runs)["DCGAN best"].get_xdata()[0] == 3000
     assert "threads: 2" in cpu.get_xlabel() and "threads" not in gpu.get_xlabel()
+    low, high = gpu.get_xlim()
+    assert low < 3 < high and high / low == pytest.approx(4)  # not the whole width
 
 
 def test_the_dot_of_a_validation_curve_is_its_lowest_point():

@@ -195,7 +195,7 @@ def test_the_readmes_words_have_the_numbers_of_the_records():
         )
         assert any(sentence in words for sentence in sentences)
     runs = [r for r in RECORDS[RESULTS] if (r["model"], r["preset"]) == ("cwgan_gp", "best")]
-    assert len(runs) == 2 and "the cWGAN-GP's `baseline` once and its `best` twice." in words
+    assert len(runs) == 2 and "the cWGAN-GP's `baseline` once and its `best` twice," in words
     (row,) = tables.results_table(runs)
     assert f"the next at {row['frechet_mean']:.0f} (cWGAN-GP, two trainings)" in words
     runs = [r for r in RECORDS[RESULTS] if (r["model"], r["preset"]) == ("ddpm", "best")]
@@ -212,7 +212,9 @@ def test_the_readmes_words_have_the_numbers_of_the_records():
     assert "and drew {:,} cells in {} to {} seconds".format(5133, *seconds) in words
     millions = runs[0]["images_seen"] / 1e6, runs[0]["parameters"] / 1e6
     assert "sees {:.1f} million images, with {:.1f} million parameters".format(*millions) in words
-    kids = [[f"{h['validation_kid']:.1f}" for h in r["history"] if "validation_kid" in h] for r in runs]
+    kids = [
+        [f"{h['validation_kid']:.1f}" for h in r["history"] if "validation_kid" in h] for r in runs
+    ]
     sentence = "the first is {}, {} and {} after each third of it, of the second {}, {} and {}."
     assert sentence.format(*kids[0], *kids[1]) in words
     assert row["nearer_than_real"] == ""
@@ -374,9 +376,9 @@ def test_the_readmes_words_on_usefulness_have_the_numbers_of_the_records():
     assert len(found) == 2 and all("H100" in study["device"] for study in found)
     for sentence in (
         f"has a balanced accuracy of {mean['ddpm', 'best']} ± {sd['ddpm', 'best']} on",
-        f"real cells give {mean['real cells', '']}, and {on_gpu:.3f} on the GPU where these two were",
-        f"cells alone reads real ones nearly as well as one of real cells ({mean['ddpm', 'best']} and "
-        f"{mean['real cells', '']})",
+        f"real cells give {mean['real cells', '']}, and {on_gpu:.3f} on the GPU where these two",
+        "cells alone reads real ones nearly as well as one of real cells "
+        f"({mean['ddpm', 'best']} and {mean['real cells', '']})",
         f"`best_small` gives {mean['ddpm', 'best_small']} ± {sd['ddpm', 'best_small']} (three",
         f"`best`, about as near as that one, gives {mean['cwgan_gp', 'best']} (two trainings), its",
         f"at eighteen times the distance, {mean['cwgan_gp', 'baseline']} (one), and",
