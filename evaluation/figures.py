@@ -34,12 +34,14 @@ SMALL, CLEAR = 32, 110
 def log_scale(axis, which: str, formatter="{x:,.9g}") -> None:
     """Make "x" or "y" of an axis logarithmic, with marks at 1, 2 and 5 times powers of ten.
 
-    More of them where what was drawn before spans less than a factor of five.
+    More of them where what was drawn before spans less than a factor of five, or of two and a half.
     """
     getattr(axis, f"set_{which}scale")("log")
     scale = getattr(axis, f"{which}axis")
     low, high = scale.get_view_interval()
-    subs = (1, 2, 5) if high > 5 * low else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+    subs = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+    if high > 2.5 * low:
+        subs = (1, 2, 5) if high > 5 * low else (1, 1.5, 2, 3, 4, 6)
     scale.set_major_locator(LogLocator(subs=subs))
     scale.set_major_formatter(formatter)
     scale.set_minor_locator(NullLocator())
@@ -526,12 +528,16 @@ def quality_and_cost(records: list[dict], names: dict[str, str]) -> Figure:
             machine += f",\nthreads: {record['threads']}"
         machines.setdefault(machine, []).append(record)
     panels = [("images seen in training", "images_seen", records)]
-    panels += [(f"seconds on {machine}", "seconds", own) for machine, own in machines.items()]
+    panels += [(f"seconds on\n{machine}", "seconds", own) for machine, own in machines.items()]
     first = records[0]["metrics"]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(3.6 * len(panels), 3), layout="constrained")
-        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False).flatten()
-        for axis, (title, cost, own) in zip(axes, panels, strict=True):
+        rows = 1 if len(panels) < 4 else 2
+        columns = -(-len(panels) // rows)
+        figure = Figure(figsize=(3.6 * columns, 3 * rows), layout="constrained")
+        axes = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
+        for axis in axes[len(panels) :]:
+            axis.remove()
+        for axis, (title, cost, own) in zip(axes, panels):
             runs = sorted({(r["model"], r["preset"]) for r in own}, key=str)
             for model, preset in runs:
                 group = [r for r in own if (r["model"], r["preset"]) == (model, preset)]
@@ -553,7 +559,8 @@ def quality_and_cost(records: list[dict], names: dict[str, str]) -> Figure:
                 log_scale(axis, which)
             axis.tick_params("x", labelsize=7)
             axis.set_xlabel(title)
-        axes[0].set_ylabel(f"{first['distance_name']}; dashed: floor")
+        for axis in axes[::columns]:
+            axis.set_ylabel(f"{first['distance_name']}; dashed: floor")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return figure
 
