@@ -47,7 +47,8 @@ from utils import (
     write_text,
 )
 
-PRESETS, SEED = ("best", "best_64", "best_small"), 0  # the first that is finished
+# Of each model those that are finished: a stand-in draws many times as fast on a CPU.
+PRESETS, SEED = ("best", "best_64", "best_small"), 0
 LARGEST = 25_000_000  # bytes
 DEMO_CHECKPOINT = "results/checkpoints/ddpm-best_small.safetensors"
 DEMO_PER_CLASS = 250
@@ -381,7 +382,7 @@ def draw_demo(
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = OneSentenceParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    shipping = commands.add_parser("ship", help="ship finished `best` runs (or stand-ins), seed 0")
+    shipping = commands.add_parser("ship", help="ship finished `best` runs and stand-ins, seed 0")
     shipping.add_argument("--results", default="results", help="folder of the results (results)")
     shipping.add_argument("--out", default="results/checkpoints", help="(results/checkpoints)")
     drawing = commands.add_parser("draw", help="draw a grid of each shipped model")
@@ -399,7 +400,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def ship_all(results: str | Path, out: str | Path) -> None:
-    """Ship seed 0 of each model's `best` run, or of its stand-in; one without both is named.
+    """Ship seed 0 of each model's `best` runs and of its stand-in; a model without any is named.
 
     Runs of other data sets and sizes, in folders such as RESULTS/pbc64, are shipped where there are
     any; those of one's own images are not, which may be of patients.
@@ -415,10 +416,10 @@ def ship_all(results: str | Path, out: str | Path) -> None:
                 if (run / "weights.pt").exists() and (run / "record.json").exists()
                 and not _of_own_images(run)
             ]
-            if finished:
-                path = ship(finished[0], out, f"-{page.name}" if page in others else "")
+            for run in finished:
+                path = ship(run, out, f"-{page.name}" if page in others else "")
                 print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
-            elif runs and page not in others:
+            if runs and not finished and page not in others:
                 print(f"{model}: not finished, {runs[0]} lacks weights.pt or record.json")
 
 

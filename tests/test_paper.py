@@ -156,7 +156,7 @@ def test_new_rows_appear(copy):
     text = words(copy)
     assert "45.7 ± 1.3 (three trainings)" in text
     assert "For the cWGAN-GP best it is: copies (3)." in text
-    assert "the critic is a projection" in text and "follow EDM" in text
+    assert "the critic is a projection" in text and "follows EDM" in text
 
 
 @pytest.mark.parametrize(("sd", "told"), [("0.5", True), ("1.5", False), ("", False)])
