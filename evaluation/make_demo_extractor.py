@@ -2,8 +2,9 @@
 
 Run from the repository root: python -m evaluation.make_demo_extractor
 Writes evaluation/demo_extractor.pt (uint8 [N, 3, H, W] → float32 [N, 64]) and its record,
-demo_extractor.json. The cells are other ones than the demo data, drawn by the same model. The
-features serve to try things out on the demo data; no real cell had a part in their training.
+demo_extractor.json. The cells are other ones than the demo data, drawn by the model that the data
+is drawn with now (the kept one's were drawn by the diffusion model's stand-in, as its record says).
+The features serve to try things out on the demo data; no real cell had a part in their training.
 """
 
 import hashlib
