@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from utils import InputError, cache_folder, progress, write_to_cache
 
@@ -54,6 +55,26 @@ class Extractor:
     dim: int
     module: torch.nn.Module
     device: torch.device
+
+
+class FastNormalisation(TorchDispatchMode):
+    """Within it a local response normalisation takes a fraction of its time on a CPU, bit for bit.
+
+    PyTorch averages the squares of neighbouring channels by avg_pool3d, whose CPU kernel took a
+    quarter of GoogLeNet's time or more; a sum of slices adds the same numbers in the same order.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        # Over one axis, at stride 1, without padding: what `local_response_norm` asks for.
+        if func is torch.ops.aten.avg_pool3d.default and len(args) == 3 and not kwargs:
+            images, (window, *rest), stride = args
+            if images.is_cpu and images.ndim == 5 and {*rest, *stride} == {1}:
+                first, *others = images.unfold(2, window, 1).unbind(-1)
+                total = first.clone(memory_format=torch.contiguous_format)
+                for plane in others:
+                    total += plane
+                return total.div_(window)
+        return func(*args, **(kwargs or {}))
 
 
 class Inception(torch.nn.Module):
@@ -167,7 +188,7 @@ def _run(module, batch: torch.Tensor, device: torch.device, name: str | Path) ->
     exact = torch.backends.cudnn.flags(
         enabled=True, deterministic=True, allow_tf32=False, fp32_precision="ieee"
     )
-    with torch.inference_mode(), exact:
+    with torch.inference_mode(), exact, FastNormalisation():
         features = module(batch.to(device))
     if not isinstance(features, torch.Tensor):
         raise InputError(f"extractor {name} returns {type(features).__name__}, not one tensor")

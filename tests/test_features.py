@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from evaluation import features
 from evaluation.features import extract, load_extractor
@@ -255,6 +256,52 @@ def test_scripted_extractor_in_training_mode_is_put_into_evaluation(tmp_path, sm
     torch.manual_seed(0)
     training = load_extractor(script(Small().train(), tmp_path / "training.pt"))
     assert torch.equal(extract(images(9), training), extract(images(9), load_extractor(small)))
+
+
+class Neighbours(torch.nn.Module):
+    """Twelve channels normalised by their neighbours, then averaged as one volume."""
+
+    def __init__(self, window: int, average: torch.nn.Module):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 12, 3)
+        self.normalise = torch.nn.LocalResponseNorm(window, alpha=0.1)
+        self.average = average
+
+    def forward(self, images):
+        x = self.normalise(self.conv(images.float() / 255))
+        return self.average(x.unsqueeze(1)).squeeze(1).mean([2, 3])
+
+
+@pytest.mark.parametrize("window", [1, 4, 11])
+def test_normalisation_does_not_take_the_slow_kernel(tmp_path, window):
+    module = Neighbours(window, torch.nn.Identity()).eval()
+    extractor = load_extractor(script(module, tmp_path / "neighbours.pt"))
+    names = set()
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.add(func.overloadpacket)
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        extract(images(10), extractor, cache=False)
+    assert torch.ops.aten.convolution in names or torch.ops.aten.conv2d in names
+    assert torch.ops.aten.avg_pool3d not in names
+
+
+@pytest.mark.parametrize("window", [1, 4, 11])
+@pytest.mark.parametrize(
+    ("volume", "stride", "padding"),
+    [((3, 1, 1), 1, 0), ((3, 1, 1), 3, 0), ((2, 3, 3), 1, 0), ((3, 1, 1), 1, (1, 0, 0))],
+)
+def test_faster_averages_have_the_same_bits(tmp_path, window, volume, stride, padding):
+    torch.manual_seed(0)
+    module = Neighbours(window, torch.nn.AvgPool3d(volume, stride, padding)).eval()
+    extractor = load_extractor(script(module, tmp_path / "neighbours.pt"))
+    batch = images(8).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        expected = extractor.module(batch)
+    assert torch.equal(extract(batch, extractor, cache=False), expected)
 
 
 @pytest.fixture
