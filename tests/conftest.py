@@ -21,8 +21,10 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("suite")
 
-# Small tensors gain nothing from more threads, and sums then have one order.
+# Small tensors gain nothing from more threads, and sums then have one order; the processes that
+# tests start take their number from the environment.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # Images of each class: 20 to train on, 3 + 5 held out.
 PER_CLASS = {"train": 20, "val": 3, "test": 5}
