@@ -35,6 +35,7 @@ from evaluation import features, figures, judge, kid, per_class, protocol
 from evaluation.copies import Suspects
 from evaluation.neighbours import k_nearest
 from utils import (
+    UPRIGHT,
     ImageSet,
     InputError,
     class_balanced_labels,
@@ -55,7 +56,6 @@ from utils import (
 # Part of every run's identity. Raise it with any change that alters what a training gives: folders
 # with runs of other versions are then refused.
 CODE_VERSION = 1
-UPRIGHT = ("MNIST", "CelebA")  # data sets whose images have an up and a down
 # Raise it when `measure_sampling` gives other than before.
 SAMPLING_VERSION = 2
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -52,6 +52,7 @@ from evaluation.train_on_generated import (
 from generative_pipeline import GenerativePipeline, run_folder
 from utils import (
     LOADERS,
+    UPRIGHT,
     InputError,
     OneSentenceParser,
     exit_on_bad_input,
@@ -198,9 +199,15 @@ def check(options: argparse.Namespace) -> None:
         return
     options.preset = options.preset or "baseline"
     _check_models(options, options.preset)
-    for model in options.models:
-        size = _image_size(options, model, options.preset)
+    sizes = {model: _image_size(options, model, options.preset) for model in options.models}
+    for model, size in sizes.items():
         make_config(model, options.preset, **options.settings | {"image_size": size})
+    if len(set(sizes.values())) > 1:
+        words = ", ".join(f"{model} {size}" for model, size in sizes.items())
+        raise InputError(
+            f"these models draw images of different sizes ({words}), which no table compares; "
+            "name those of one size with --models, or a size with --set image_size=64"
+        )
 
 
 def _image_size(options: argparse.Namespace, model: str, preset: str) -> int:
@@ -418,8 +425,11 @@ def ablation_records(options: argparse.Namespace) -> list[tuple[Ablation, list[d
         wanted = dataclasses.asdict(make_config(row.model, row.preset, **row.settings))
         for record in records:
             settings = _settings(record)
-            for name in {"jpeg_quality", "image_size"} - row.settings.keys():
-                settings.pop(name, None)  # the data decides it
+            by_data = {"jpeg_quality", "image_size"}
+            if record["dataset"]["name"].startswith(UPRIGHT):
+                by_data |= {"flips_and_turns"}
+            for name in by_data - row.settings.keys():
+                settings.pop(name, None)
             if any(wanted.get(name) != value for name, value in settings.items()):
                 raise InputError(
                     f"{folder} holds a run with other settings than the row {row.name!r} of "
@@ -623,6 +633,7 @@ def _trained_pipeline(record: dict, folder: Path, device: str) -> GenerativePipe
         dataset=record["dataset"]["source"],
         out=folder,
         device=device,
+        precision=record["measured"].get("precision"),  # in which it drew its images
         **_settings(record),
     )
     pipeline.train()  # loads the weights
@@ -824,7 +835,8 @@ def _cause(notebook: Path, log: str, code: int, kernel_gone: bool) -> str:
 
 def _takes_a_gpu(task: Task) -> bool:
     """Whether it trains a diffusion model at its full length."""
-    preset = task.parameters["preset"]
+    # A task of a study has no preset.
+    preset = task.parameters.get("preset")
     return task.source.stem == "ddpm" and preset in ("baseline", "best", "best_64")
 
 

@@ -44,6 +44,7 @@ BLOOD_CLASSES = (
     "neutrophil",
     "platelet",
 )
+UPRIGHT = ("MNIST", "CelebA")  # data sets whose images have an up and a down
 SPLITS = ("train", "val", "test")
 
 
@@ -949,7 +950,11 @@ def split_pbc(path: Path, names: list[str]) -> dict[str, list[int]]:
             text = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{path} can't be read ({error}); get it anew") from None
-        for line in csv.DictReader(io.StringIO(text)):
+        try:
+            lines = list(csv.DictReader(io.StringIO(text)))
+        except csv.Error as error:
+            raise InputError(f"{path} is no table ({error}); get it anew") from None
+        for line in lines:
             if line.get("split") not in parts or line.get("file") not in row_of:
                 raise InputError(f"{path}: the line {line} names no split or no file of PBC")
             if not (line.get("index") or "").isdecimal():

@@ -35,6 +35,7 @@ class Config(ModelConfig):
             "28, for which the layers of this DCGAN are made (its preset best takes other sizes)",
         )
         self.require(self.latent_dim >= 1, "latent_dim", "at least 1")
+        self.require(self.batch_size >= 2, "batch_size", "at least 2, for batch normalisation")
         self.require(self.generator_steps >= 1, "generator_steps", "at least 1")
         self.require(len(self.generator_channels) == 4, "generator_channels", "four widths")
         self.require(len(self.discriminator_channels) == 4, "discriminator_channels", "four widths")

@@ -92,6 +92,7 @@ def _load_run(path: Path) -> tuple[nn.Module, dict]:
         identity = stored["identity"]
         about = {name: identity[name] for name in ("model", "preset", "seed", "dataset_sha256")}
         about["config"] = {k: v for k, v in identity.items() if k not in NOT_CONFIG}
+        about["config"] |= _sampled_with(path, about)
         # Runs of before their files named the classes were all of blood cells.
         about["classes"] = list(stored.get("classes", BLOOD_CLASSES))
         tensors = stored["state"] if "state" in stored else _kept_state(path, stored)
@@ -100,6 +101,21 @@ def _load_run(path: Path) -> tuple[nn.Module, dict]:
     except (KeyError, IndexError, TypeError, AttributeError):
         raise InputError(f"{path} is no weight file or checkpoint of this suite") from None
     return _build(path, about, tensors), about
+
+
+def _sampled_with(path: Path, about: dict) -> dict:
+    """Settings of sampling that the record beside a run's weights names, where there is one.
+
+    They may have been chosen when the training was over; the weights' file has those of before.
+    """
+    try:
+        record = json.loads(path.with_name("record.json").read_text(encoding="utf-8"))
+        same = all(record[name] == about[name] for name in ("model", "preset", "seed"))
+        same &= record["dataset"]["sha256"] == about["dataset_sha256"]
+        names = make_config(about["model"], about["preset"]).SAMPLING if same else ()
+        return {name: record["config"][name] for name in names if name in record["config"]}
+    except (OSError, ValueError, KeyError, TypeError):  # none, or half a one
+        return {}
 
 
 def _kept_state(path: Path, checkpoint: dict) -> dict[str, torch.Tensor]:

@@ -30,6 +30,7 @@ from evaluation.tables import mean_and_sd, number, write_rows
 from utils import (
     PATIENTS,
     SPLITS,
+    UPRIGHT,
     ImageSet,
     InputError,
     data_folder,
@@ -119,18 +120,27 @@ def make_study(name: str, **changes) -> Study:
         raise InputError(f"unknown study {name!r}; known are {', '.join(DEFAULTS)}")
     changes = {field: value for field, value in changes.items() if value is not None}
     study = dataclasses.replace(DEFAULTS[name], **changes)
+    if study.dataset.startswith(tuple(name.lower() for name in UPRIGHT)):
+        raise InputError(
+            f"a study mirrors and turns its images, which {study.dataset} has an up and a down "
+            "for; take a data set of cells, such as pbc"
+        )
     amounts = study.amounts
     numbers = isinstance(amounts, list | tuple) and all(type(n) is int and n > 0 for n in amounts)
     if not (amounts and numbers):
         raise InputError(f"amounts must be whole numbers above 0 in a list, got {amounts!r}")
     if type(study.updates) is not int or study.updates < 1:
         raise InputError(f"updates must be a whole number above 0, got {study.updates!r}")
+    if not isinstance(study.generator, str):
+        raise InputError(f"generator must be the name of a model, got {study.generator!r}")
     for name in ("counts", "generator_settings"):
         if not isinstance(getattr(study, name), dict):
             raise InputError(
                 f"{name} must be a dictionary, such as {getattr(DEFAULTS['imbalance'], name)}, "
                 f"got {getattr(study, name)!r}"
             )
+    if wrong := [name for name in study.generator_settings if not isinstance(name, str)]:
+        raise InputError(f"generator_settings must name settings, got {wrong[0]!r}")
     if "image_size" in study.generator_settings:
         raise InputError("image_size is the study's; take it out of generator_settings")
     return dataclasses.replace(study, amounts=sorted(set(amounts)))

@@ -200,8 +200,8 @@ def progress_grids(folder: str | Path, classes: Sequence[str] = ()) -> Figure:
 def loss_curves(history: list[dict]) -> Figure:
     """What was logged, by epoch: one panel for each kind of quantity."""
     epochs = [row["epoch"] for row in history]
-    names = [name for name in history[0] if name != "epoch"]
-    names += [name for name in history[-1] if name not in (*names, "epoch")]
+    names = list(dict.fromkeys(name for row in history for name in row))
+    names.remove("epoch")
     groups = [[name for name in names if _kind(name) == kind] for kind in range(4)]
     groups = [group for group in groups if group]
     with matplotlib.rc_context(STYLE):

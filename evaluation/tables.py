@@ -15,6 +15,7 @@ from custom_models.ablations import Ablation
 from custom_models.config import stored_settings
 from evaluation.protocol import Protocol
 from utils import (
+    UPRIGHT,
     ImageSet,
     InputError,
     exit_on_bad_input,
@@ -53,7 +54,8 @@ FIELDS = (
 class Column:
     """One metric of a table: its name, where it stands in a run's metrics, how it is shown.
 
-    error, interval: where its standard error within a run, or its 95 % interval, stands.
+    error, interval: where its standard error within a run, or its 95 % interval, stands;
+    interval_format: of the interval's ends.
     """
 
     name: str
@@ -63,11 +65,20 @@ class Column:
     sd_format: str
     error: tuple[str, ...] = ()
     interval: tuple[str, ...] = ()
+    interval_format: str = ".2f"
 
 
 # The first column's title is the distance's own name, which says whose features they are.
 QUALITY = (
-    Column("frechet", ("frechet_distance",), "", ".1f", ".1f"),
+    Column(
+        "frechet",
+        ("frechet_distance",),
+        "",
+        ".1f",
+        ".1f",
+        interval=("frechet_interval",),
+        interval_format=".1f",
+    ),
     Column(
         "frechet_infinity",
         ("frechet_infinity", "value"),
@@ -106,6 +117,10 @@ TRUST = (
     Column("ct", ("copies", "ct"), "C_T", ".1f", ".1f"),
 )
 COLUMNS = QUALITY + TRUST
+# Of a table that has to be short.
+SUMMARY = tuple(
+    c for c in COLUMNS if c.name in ("frechet", "precision", "recall", "coverage", "agreement")
+)
 ABLATION = tuple(c for c in QUALITY if c.name in ("frechet", "kid", "precision", "recall"))
 REAL = "real images (held out)"
 PER_CLASS = ("kid", "precision", "recall", "agreement")
@@ -435,12 +450,11 @@ def metrics_table(metrics: dict) -> str:
     lines = [
         f"| | these images | held-out real images (floor, n = {n:,}) |",
         "|---|---:|---:|",
-        f"| {name} | {_with_interval(metrics)} | {_with_interval(floor)} |",
     ]
-    for column in COLUMNS[1:]:
+    for column in COLUMNS:
         value, lowest = (_measured(m, column) for m in (metrics, floor))
-        if value != "–" or column.name == "kid":
-            lines.append(f"| {column.title} | {value} | {lowest} |")
+        if value != "–" or column.name in ("frechet", "kid"):
+            lines.append(f"| {column.title or name} | {value} | {lowest} |")
     if "mean_colour_error" in metrics:
         lines.append(f"| mean colour error, of 255 | {metrics['mean_colour_error']:.2f} | |")
     words = []
@@ -462,17 +476,13 @@ def _measured(metrics: dict, column: Column) -> str:
     error, interval = _at(metrics, column.error), _at(metrics, column.interval)
     if isinstance(error, float):
         text += f" ± {error:{column.sd_format}}"
-    if isinstance(interval, list):
-        text += " ({:.2f} to {:.2f})".format(*interval)
+    if interval:
+        text += _between(*interval, column)
     return text
 
 
-def _with_interval(metrics: dict) -> str:
-    text = number(metrics.get("frechet_distance"), ".1f")
-    if not metrics.get("frechet_interval"):
-        return text
-    low, high = metrics["frechet_interval"]
-    return f"{text} ({low:.1f} to {high:.1f})"
+def _between(low: float, high: float, column: Column) -> str:
+    return f" ({low:{column.interval_format}} to {high:{column.interval_format}})"
 
 
 def _at(metrics: dict, path: tuple[str, ...]):
@@ -599,23 +609,24 @@ def _row(model: str, preset: str, dataset: str, group: list[dict]) -> dict:
         "seeds": len(group),
         **_means(shown),
         "copies_verdict": _verdict(shown),
-        "settings": _changed_settings(model, preset, group[0]["config"]),
+        "settings": _changed_settings(model, preset, dataset, group[0]["config"]),
         "stored_as": _stored_as(group[0]["config"]),
         "images_seen": statistics.mean(record["images_seen"] for record in group),
         "seconds": statistics.mean(record["seconds"] for record in group),
-        "trained_on": "; ".join(sorted({_trained_on(record) for record in group})),
+        "trained_on": _trained_on(group),
         "note": note,
     }
 
 
-def _changed_settings(model: str, preset: str, config: dict) -> str:
+def _changed_settings(model: str, preset: str, dataset: str, config: dict) -> str:
     """Settings of a run that are not its preset's, such as "lr 0.001 instead of 0.0002"."""
     usual = make_config(model, preset)
     stored = stored_settings(config, usual)
+    by_data = (*BY_DATA, *["flips_and_turns"] * dataset.startswith(UPRIGHT))
     own = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in dataclasses.asdict(usual).items()
-        if name not in BY_DATA
+        if name not in by_data
     }
     return ", ".join(
         f"{name} {stored[name]} instead of {value}"
@@ -631,10 +642,16 @@ def _stored_as(config: dict) -> str:
     return f"JPEG {quality}, {config.get('jpeg_chroma', 'mean')}" if quality else "as drawn"
 
 
-def _trained_on(record: dict) -> str:
-    """Records from before the precision could be chosen have that of their device."""
-    usual = "float32" if record["device"].lower().startswith("cpu") else "bfloat16"
-    return f"{record['device']} in {record.get('precision', usual)}"
+def _trained_on(group: list[dict]) -> str:
+    """Device and precision of a row's trainings, with their number where they differ."""
+    places = Counter()
+    for record in group:
+        # Records from before the precision could be chosen have that of their device.
+        usual = "float32" if record["device"].lower().startswith("cpu") else "bfloat16"
+        places[f"{record['device']} in {record.get('precision', usual)}"] += 1
+    if len(places) == 1:
+        return next(iter(places))
+    return ", ".join(f"{n} on {place}" for place, n in sorted(places.items()))
 
 
 def reduced_shortfall(group: list[dict]) -> str:
@@ -766,8 +783,15 @@ def _rules(row: dict) -> str:
         f"(sha256 {row['extractor_sha256'][:8]}); k = {row['k']}; KID without a factor, of "
         "features as they are, so that it is comparable neither with Inception's nor between "
         "networks; "
-        f"mean ± sd over seeds; protocol {row['protocol']}."
+        f"mean ± sd over seeds{_WITHIN if row.get('frechet_low') else ''}; "
+        f"protocol {row['protocol']}."
     )
+
+
+_WITHIN = (
+    " (of two, the sd is hardly known), in parentheses the 95 % interval within a run, mean over "
+    "runs"
+)
 
 
 def _notes(rows: list[dict]) -> list[str]:
@@ -788,10 +812,14 @@ def _markdown(rows: list[dict]) -> str:
         words = [TRUST_WORDS[c.name].split(": ", 1) for c in trust if c.name in TRUST_WORDS]
         lines = [f"- **{name}**: {meaning}" for name, meaning in words]
         parts.append(in_words_of(rows[0]["dataset"], "\n".join(lines).format(n_domain=n_domain)))
-    machines = sorted({name for row in rows for name in row["trained_on"].split("; ") if name})
-    if len(machines) > 1:
+    machines = defaultdict(list)
+    for row in rows:
+        machines[row["trained_on"]].append(f"{row['model']} {row['preset']}")
+    machines.pop("", None)  # of real cells
+    if len(machines) > 1 or any(" on " in name for name in machines):
         words = "Not all were trained on the same device or in the same precision"
-        parts.append(f"{words}: {'; '.join(machines)}.")
+        places = (f"{', '.join(names)}: {place}" for place, names in machines.items())
+        parts.append(f"{words} ({'; '.join(places)}).")
     parts += [
         f"{row['model']} {row['preset']} was not run as its preset is: {row['settings']}."
         for row in rows
@@ -862,10 +890,10 @@ def _cell(row: dict, column: Column) -> str:
     if mean is None:
         return "–"
     text = f"{mean:{column.mean_format}}"
-    if row["seeds"] is not None:
-        text += " ± –" if sd is None else f" ± {sd:{column.sd_format}}"
+    if sd is not None:
+        text += f" ± {sd:{column.sd_format}}"
     if row.get(f"{column.name}_low") is not None:
-        text += f" ({row[f'{column.name}_low']:.2f} to {row[f'{column.name}_high']:.2f})"
+        text += _between(row[f"{column.name}_low"], row[f"{column.name}_high"], column)
     return text
 
 
@@ -873,9 +901,9 @@ README_START, README_END = "<!-- results:", "<!-- end of results -->"
 
 
 def update_readme(readme: str | Path, folder: str | Path) -> None:
-    """Put the tables of `folder` between the README's two marks; what they say twice, once.
+    """Put short tables of the runs in `folder` between the README's two marks.
 
-    Raises InputError where a mark or the main table is missing.
+    Raises InputError where a mark is missing or no run is at full length.
     """
     readme, folder = Path(readme), Path(folder)
     if not readme.is_file():
@@ -884,18 +912,19 @@ def update_readme(readme: str | Path, folder: str | Path) -> None:
     mark, end, after = rest.partition(README_END)
     if not start or not end:
         raise InputError(f"{readme} lacks the marks {README_START!r} and {README_END!r}")
-    if not (folder / "results.md").is_file():
-        raise InputError(f"{folder / 'results.md'} does not exist; run compare_models first")
-    blocks = (folder / "results.md").read_text(encoding="utf-8").rstrip().split("\n\n")
-    if (folder / "results_reduced.md").is_file():
-        reduced = (folder / "results_reduced.md").read_text(encoding="utf-8").rstrip().split("\n\n")
-        blocks = [
-            *blocks,
-            "Runs at a reduced budget, which never share a table with full ones; else as above:",
-            *(block for block in reduced if block not in blocks or block.endswith(":")),
-        ]
-    text = "\n\n".join([start + mark.splitlines()[0], *blocks, end])
-    write_text(readme, before + text + after)
+    groups = split_by_budget(collect(folder / "runs"))
+    if not groups["full"]:
+        raise InputError(f"{folder / 'runs'} holds no run at full length; train one first")
+    parts = [start + mark.splitlines()[0], _summary(groups["full"])]
+    if groups["reduced"]:
+        words = "Runs at a reduced budget, which never share a table with full ones:"
+        parts += [words, _summary(groups["reduced"])]
+    write_text(readme, before + "\n\n".join([*parts, end]) + after)
+
+
+def _summary(records: list[dict]) -> str:
+    rows = results_table(records, floor_of(records))
+    return _one_table(rows, SUMMARY, rows[0]["distance_name"], ("Images seen",), verdict=True)
 
 
 if __name__ == "__main__":

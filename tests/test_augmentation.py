@@ -223,6 +223,9 @@ def test_generated_images_of_another_kind(bad_input):
         ("bccd", {"updates": 0}, "updates must be a whole number above 0, got 0"),
         ("bccd", {"amounts": 300}, "amounts must be whole numbers"),
         ("imbalance", {"amounts": [0, 500]}, "amounts must be whole numbers"),
+        ("imbalance", {"dataset": "mnist"}, "take a data set of cells"),
+        ("imbalance", {"generator": ["cgan"]}, "generator must be the name of a model"),
+        ("bccd", {"generator_settings": {1: 2}}, "must name settings, got 1"),
     ],
 )
 def test_settings_that_no_study_has(name, changes, words, bad_input):
@@ -513,6 +516,15 @@ def tiny_data(data_root, monkeypatch) -> list[str]:
     for name in ("DATA_ROOT", "EXTRACTOR"):
         monkeypatch.setenv(name, str(data_root))  # the suite sets them; undone at the end
     return [f"--data-root={data_root}"]
+
+
+def test_a_study_starts_with_its_folds(tiny_data, tmp_path, monkeypatch, capsys):
+    """From the command line; the folds themselves fail here."""
+    monkeypatch.setattr(run_suite, "run_all", lambda tasks, jobs: dict.fromkeys(tasks, "a fault"))
+    assert run_suite.main([*TINY, f"--out={tmp_path}", *tiny_data]) == 1
+    printed = capsys.readouterr()
+    assert "5 runs: 0 finished before, 5 to do" in printed.out
+    assert printed.err.count("a fault") == 5
 
 
 def test_a_fold_is_an_executed_notebook(tiny_data, tmp_path):

@@ -602,6 +602,7 @@ def test_an_empty_class_of_pbc_is_named(pbc_folder, bad_input):
     [
         (b"\xff\xfe\x00", "can't be read"),
         (b"split,index,file\n", "lists no file of train, val, test"),
+        (b'split,index,file\n"' + b"x" * 200_000, "is no table"),
     ],
 )
 def test_a_broken_split_file_is_bad_input(data, words, pbc_folder, bad_input):

@@ -357,6 +357,7 @@ def test_sizes_in_parameters(name):
         ("dcgan", {"image_size": 64}, ("image_size", "28")),
         ("dcgan", {"real_label": 1.1}, ("real_label", "[0, 1]")),
         ("dcgan", {"generator_steps": 0}, ("generator_steps", "at least 1")),
+        ("dcgan", {"batch_size": 1}, ("batch_size", "at least 2")),
         ("dcgan", {"generator_channels": (8, 8)}, ("generator_channels", "four")),
         ("dcgan", {"beta1": 1.0}, ("beta1", "[0, 1)")),
         ("ddpm", {"sampler": "euler"}, ("sampler", "ddim", "euler")),

@@ -1315,6 +1315,11 @@ def test_a_finished_training_may_be_sampled_by_other_settings(make, monkeypatch,
     third.train()
     assert third.validated_with == pipeline.validated_with != {}
     assert record["weights_key"] != pipeline.weights_key()
+    # So do the images that are drawn from the file alone.
+    config = load_model(pipeline.out / file)[1]["config"]
+    assert {**config, **changes} == config
+    (pipeline.out / "record.json").write_text("half a")
+    assert load_model(pipeline.out / file)[1]["config"].items() >= own.items()
     shutil.rmtree(pipeline.out)
     pipeline = make("ddpm", **settings)
     pipeline.train()

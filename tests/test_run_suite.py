@@ -146,7 +146,7 @@ def test_a_row_of_a_grid_is_an_executed_notebook(second, monkeypatch, capsys):
         for place in (run_of(out, "cvae"), run)
     ]
     table = (folder / "table.md").read_text()
-    assert f"| {distances[1]:.1f} ± – | {distances[1] - distances[0]:+.1f} |" in table
+    assert f"| {distances[1]:.1f} ( {distances[1] - distances[0]:+.1f} |" in table
     assert (folder / "ablations.png").stat().st_size > 0
 
 
@@ -347,6 +347,11 @@ def test_bad_input_is_told_before_anything_starts(arguments, message, tmp_path):
     with pytest.raises(InputError, match=message):
         run_suite.main([*TINY, "--models", "cvae", *arguments, "--out", str(tmp_path / "results")])
     assert not (tmp_path / "results").exists()
+
+
+def test_models_of_different_sizes_are_refused_before_anything_starts(tmp_path, bad_input):
+    with bad_input("different sizes (ddpm 128, cwgan_gp 64)", "--set image_size=64"):
+        run_suite.main(["--preset", "best_small", "--dataset", "pbc", "--out", str(tmp_path)])
 
 
 def test_unknown_parameter(tmp_path, monkeypatch):

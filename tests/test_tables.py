@@ -325,7 +325,7 @@ def test_real_cells_stand_above_the_classes(tmp_path):
     assert "or the class of a real test cell, among images with the test split's" in text
     alone = per_class_markdown(per_class_table([run]))  # as of images from a folder
     assert "Agreement: how often" in alone and "test" not in alone
-    assert "| ddpm | best | basophil | 1 | 900 | 300 | 0.500 ± – |" in text
+    assert "| ddpm | best | basophil | 1 | 900 | 300 | 0.500 |" in text
     with pytest.raises(InputError, match=r"different protocols.*n_fake"):
         per_class_table([run], floor | {"protocol": PROTOCOL | {"n_fake": 5000}})
     assert per_class_table([record(0)], floor) == []
@@ -415,10 +415,10 @@ def test_how_images_were_stored_is_a_column_where_it_differs(tmp_path):
     write_table(rows, tmp_path, "t")
     text = (tmp_path / "t.md").read_text()
     assert "| Seeds | Images seen | Stored as | FID |" in text
-    assert "| real images (held out) | – | – | – | – | 18.0 |" in text
-    assert "| ddpm | best | 1 | 1,000 | JPEG 75, mean | 60.0 ± – |" in text
-    assert "| dcgan | best | 1 | 1,000 | JPEG 75, dct | 50.0 ± – |" in text
-    assert "| ddpm | baseline | 1 | 1,000 | as drawn | 90.0 ± – |" in text
+    assert "| real images (held out) | – | – | – | – | 18.0 (16.0 to 20.0) |" in text
+    assert "| ddpm | best | 1 | 1,000 | JPEG 75, mean | 60.0 (58.0 to 62.0) |" in text
+    assert "| dcgan | best | 1 | 1,000 | JPEG 75, dct | 50.0 (48.0 to 52.0) |" in text
+    assert "| ddpm | baseline | 1 | 1,000 | as drawn | 90.0 (88.0 to 92.0) |" in text
     assert "so rows that differ here differ for that reason, too." in text
 
 
@@ -438,7 +438,8 @@ def test_trainings_on_two_devices_are_told(tmp_path):
     gpu = record(1, device="NVIDIA H200", precision="bfloat16")
     write_table(results_table([record(0), gpu]), tmp_path, "t")
     text = (tmp_path / "t.md").read_text()
-    assert "same precision: NVIDIA H200 in bfloat16; cpu in float32." in text
+    places = "ddpm best: 1 on NVIDIA H200 in bfloat16, 1 on cpu in float32"
+    assert f"same precision ({places})." in text
     write_table(results_table([record(0), record(1)]), tmp_path, "t")
     assert "same device" not in (tmp_path / "t.md").read_text()
 
@@ -459,7 +460,7 @@ def test_too_few_images_for_a_frechet_distance_leave_kid_alone(tmp_path):
     assert [r["kid_mean"] for r in rows] == [0.0001, 0.04, 0.07]
     write_table(rows, tmp_path, "few")
     text = (tmp_path / "few.md").read_text()
-    assert "| ddpm | best | 1 | 1,000 | – | – | 0.04 ± – | 0.750 ± – |" in text
+    assert "| ddpm | best | 1 | 1,000 | – | – | 0.04 | 0.750 |" in text
     assert "Fréchet distance at n = 400 in 2048 dimensions is dominated by sampling error." in text
 
 
@@ -478,11 +479,11 @@ def test_written_files(tmp_path):
     assert lines[0] == f"| Model | Preset | Seeds | Images seen | {titles} |"
     four = "0.750 | 0.500 | 1.250 | 0.625"
     four_of_two = "0.750 ± 0.000 | 0.500 ± 0.000 | 1.250 ± 0.000 | 0.625 ± 0.000"
-    four_of_one = "0.750 ± – | 0.500 ± – | 1.250 ± – | 0.625 ± –"
     assert lines[2:5] == [
-        f"| real images (held out) | – | – | – | 18.0 | 13.0 | 0.0001 | {four} |",
-        f"| ddpm | best | 2 | 1,000 | 0.5 ± 0.2 | -4.5 ± 0.2 | 0.0005 ± 0.00024 | {four_of_two} |",
-        f"| cvae | best | 1 | 1,000 | 170.0 ± – | 165.0 ± – | 0.17 ± – | {four_of_one} |",
+        f"| real images (held out) | – | – | – | 18.0 (16.0 to 20.0) | 13.0 | 0.0001 | {four} |",
+        f"| ddpm | best | 2 | 1,000 | 0.5 ± 0.2 (-1.5 to 2.5) | -4.5 ± 0.2 | 0.0005 ± 0.00024 "
+        f"| {four_of_two} |",
+        f"| cvae | best | 1 | 1,000 | 170.0 (168.0 to 172.0) | 165.0 | 0.17 | {four} |",
     ]
     assert "5,133 images" in lines[6] and "11,959 of the train split" in lines[6]
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["table.csv", "table.md"]
@@ -509,18 +510,26 @@ def test_runs_against_other_held_out_cells_share_no_table(bad_input):
         results_table([one, other])
 
 
-def test_a_readme_says_what_two_tables_share_once(tmp_path, bad_input):
-    (tmp_path / "results.md").write_text("| full |\n\nOf cells.\n\nOthers:\n\n| others |\n")
-    (tmp_path / "results_reduced.md").write_text("| small |\n\nOf cells.\n\nOthers:\n\n| 2 |\n")
+def test_a_readme_gets_short_tables_of_full_and_reduced_runs(tmp_path, bad_input):
     readme = tmp_path / "README.md"
     readme.write_text("# A\n\n<!-- results: -->\nold\n<!-- end of results -->\n\nAfter.\n")
+    with bad_input(str(tmp_path / "runs"), "no run at full length"):
+        update_readme(readme, tmp_path)
+    reduced = [record(k, 150.0, "cvae", budget="reduced") for k in range(2)]
+    for one in [record(0), record(1, 104.0), *reduced]:
+        one["metrics"]["floor"] = metrics(18.0)
+        path = tmp_path / "runs" / f"{one['model']}-best" / f"seed{one['seed']}" / "record.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(one))
     for _ in range(2):
         update_readme(readme, tmp_path)
         text = readme.read_text()
-        assert text.startswith("# A\n\n<!-- results: -->\n\n| full |\n\nOf cells.\n\nOthers:")
-        assert "never share a table with full ones; else as above:\n\n| small |\n\nOthers:" in text
-        assert text.endswith("| 2 |\n\n<!-- end of results -->\n\nAfter.\n")
-        assert "old" not in text and text.count("Of cells.") == 1
+        assert text.startswith("# A\n\n<!-- results: -->\n\n| Model | Preset | Seeds |")
+        assert "| ddpm | best | 2 | 1,000 | 102.0 ± 2.8 (100.0 to 104.0) | 0.750 ± 0.000 |" in text
+        assert "which never share a table with full ones:\n\n| Model |" in text
+        assert "| cvae | best | 2 | 1,000 | not measured (2 of 3 seeds) |" in text
+        assert text.endswith("|\n\n<!-- end of results -->\n\nAfter.\n")
+        assert "old" not in text
     readme.write_text("# A\n")
     with bad_input(str(readme), "lacks the marks"):
         update_readme(readme, tmp_path)
