@@ -17,9 +17,10 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo suite ablations augmentation fid checkpoints samples paper benchmark test clean
+.PHONY: help install demo suite ablations augmentation fid checkpoints samples paper benchmark test clean
 
 help:
+	@echo "make install    .venv with the packages of requirements.txt; the others do it, too"
 	@echo "make demo       four models, two seeds (SEEDS=), generated cells -> results/demo"
 	@echo "make suite      four models, five seeds (SEEDS=), BloodMNIST -> my_results (OUT=)"
 	@echo "                narrow it with MODELS=\"cvae dcgan\" PRESET= EXTRACTOR= DATA_ROOT= JOBS= OUT="
@@ -37,6 +38,8 @@ help:
 	@echo "make benchmark  speed of training, sampling and evaluation -> results/benchmarks"
 	@echo "make test       all tests"
 	@echo "make clean      remove results/demo and caches, not .venv and not other results"
+
+install: $(INSTALLED)
 
 demo: SEEDS ?= 2
 demo: JOBS ?= 2

@@ -149,6 +149,11 @@ def test_kept_notebooks_hold_no_paths_of_a_machine(path):
     assert not re.search(r"/(work|home|root|Users)/|/tmp/ipykernel", path.read_text())
 
 
+def words_of_the_pages() -> str:
+    pages = (ROOT / "README.md", RESULTS / "findings.md")
+    return " ".join(" ".join(page.read_text(encoding="utf-8").split()) for page in pages)
+
+
 NUMBERS = dict(enumerate(["no", "one", "two", "three", "four", "five"]))
 ORDINALS = {4: "fourth", 5: "fifth", 11: "eleventh"}
 
@@ -160,7 +165,7 @@ def first_blind_epoch(history: list[dict]) -> int:
 
 
 def test_the_readmes_words_have_the_numbers_of_the_records():
-    words = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    words = words_of_the_pages()
     rows = json.loads((RESULTS / "numbers" / "resize.json").read_text())["rows"]
     value = {row["name"]: f"{row['value']:,.0f}" for row in rows}
     without, stored = value["bilinear, antialiased, no JPEG"], value["bilinear, antialiased"]
@@ -171,8 +176,8 @@ def test_the_readmes_words_have_the_numbers_of_the_records():
     assert f"with Pillow's, of the same quality, they lie at {pillow}." in words
     dcgan = [r for r in RECORDS[RESULTS] if (r["model"], r["preset"]) == ("dcgan", "best")]
     *most, last = (f"{r['metrics']['frechet_distance']:.0f}" for r in dcgan)
-    sentence = f"the DCGAN's {NUMBERS[len(dcgan)]} as `best` lie at {', '.join(most)} and {last}."
-    assert sentence in words
+    sentence = f"the DCGAN's {NUMBERS[len(dcgan)]} as `best` lie at {', '.join(most)} and {last},"
+    assert sentence.replace("the", "The", 1) in words
     rows = json.loads((RESULTS / "numbers" / "typicality.json").read_text())["rows"]
     half, usual, _ = [(round(row["authpct"]), f"{row['ct']:.0f}") for row in rows]
     sentence = "(AuthPct {} and C_T {} instead of a random half's {} and {};"
@@ -184,7 +189,7 @@ def test_the_readmes_words_have_the_numbers_of_the_records():
     assert f"of blood cells between {min(domain):.0f} and {max(domain):.0f}, and the" in words
     assert distances.index(min(distances)) == domain.index(max(domain)) == 1
     blind = [first_blind_epoch(r["history"]) for r in runs]
-    assert f"In all {NUMBERS[len(runs)]} trainings its" in words
+    assert f"In all {NUMBERS[len(runs)]} trainings of the DCGAN's `baseline` its" in words
     assert f"from the {ORDINALS[min(blind)]} to the {ORDINALS[max(blind)]} epoch on;" in words
     for model in ("cvae", "dcgan"):
         of = Counter(r["preset"] for r in RECORDS[RESULTS] if r["model"] == model)
@@ -195,9 +200,11 @@ def test_the_readmes_words_have_the_numbers_of_the_records():
         )
         assert any(sentence in words for sentence in sentences)
     runs = [r for r in RECORDS[RESULTS] if (r["model"], r["preset"]) == ("cwgan_gp", "best")]
-    assert len(runs) == 2 and "the cWGAN-GP's `baseline` once and its `best` twice," in words
+    assert len(runs) == 3 and "the cWGAN-GP's `baseline` once and its `best` over three," in words
     (row,) = tables.results_table(runs)
-    assert f"the next at {row['frechet_mean']:.0f} (cWGAN-GP, two trainings)" in words
+    assert f"and {row['frechet_mean']:.0f} (cWGAN-GP, three trainings)" in words
+    *most, last = (f"{r['metrics']['frechet_distance']:.0f}" for r in runs)
+    assert f"the cWGAN-GP's three at {', '.join(most)} and {last}." in words
     runs = [r for r in RECORDS[RESULTS] if (r["model"], r["preset"]) == ("ddpm", "best")]
     _, row = tables.results_table(runs, tables.floor_of(runs))
     assert len(runs) == 2 and "diffusion's `best` twice." in words
@@ -220,9 +227,17 @@ def test_the_readmes_words_have_the_numbers_of_the_records():
     assert row["nearer_than_real"] == ""
     path = RESULTS / "runs" / "ddpm-best" / "seed0" / "sampling.json"
     steps = {r["sampling_steps"]: r for r in json.loads(path.read_text())["rows"][1:5]}
-    kids = steps[8]["kid"], steps[32]["kid"]
-    assert "(a KID of {:.1f} and {:.1f}, each ± 0.4)".format(*kids) in words
-    assert {f"{steps[n]['kid_standard_error']:.1f}" for n in (8, 32)} == {"0.4"}
+    rows = json.loads(path.read_text())["rows"]
+    (guided,) = [r for r in rows if r["guidance_scale"] == 3]
+    sentence = "a KID of {:.1f}, thirty-two at {:.1f}, and guidance at a scale of 3 at {:.1f},"
+    shown = steps[8], steps[32], guided
+    assert sentence.format(*(r["kid"] for r in shown)) in words
+    assert {f"{r['kid_standard_error']:.1f}" for r in shown} == {"0.4", "0.5"}
+    speed = json.loads((RESULTS / "benchmarks" / "cpu--amd-epyc.json").read_text())["models"]
+    flop = {(r["model"], r["preset"]): r["flop_per_image"] for r in speed}
+    seen = {(r["model"], r["preset"]): r["images_seen"] for r in RECORDS[RESULTS]}
+    work = [flop[key] * seen[key] for key in (("ddpm", "best"), ("cwgan_gp", "best"))]
+    assert round(work[0] / work[1]) == 14 and "took fourteen times the arithmetic of the" in words
     runs = [r for r in RECORDS[RESULTS] if (r["model"], r["preset"]) == ("ddpm", "small")]
     assert len(runs) == 3 and 0.5e6 < runs[0]["parameters"] < 0.6e6
     assert f"trained on {runs[0]['images_seen']:,} images instead of six million" in words
@@ -238,14 +253,14 @@ def test_the_readmes_words_have_the_numbers_of_the_records():
         if r["preset"] == "best":
             kids = [h["validation_kid"] for h in r["history"] if "validation_kid" in h]
             past[r["model"]] += min(kids) < kids[-1]
-    assert past == {"cvae": 0, "cwgan_gp": 0, "dcgan": 2, "ddpm": 0}
-    sentence = f"of the DCGAN's {NUMBERS[len(dcgan)]} trainings {NUMBERS[past['dcgan']]} had been"
+    assert past == {"cvae": 0, "cwgan_gp": 0, "dcgan": 3, "ddpm": 0}
+    sentence = f"Of the DCGAN's {NUMBERS[len(dcgan)]} trainings {NUMBERS[past['dcgan']]} had been"
     assert sentence in words
     runs = [r for r in RECORDS[RESULTS] if (r["model"], r["preset"]) == ("ddpm", "best_small")]
     (row,) = tables.results_table(runs)
     real = tables.with_both_halves(tables.floor_of(runs))
     assert len(runs) == 3 and f"at a mean distance of {row['frechet_mean']:.0f} its" in words
-    assert f"and {row['frechet_mean']:.0f} (a small diffusion model, three trainings" in words
+    assert f"the next at {row['frechet_mean']:.0f} (a small diffusion model, three" in words
     assert row["precision_mean"] > real["precision"] and row["recall_mean"] < real["recall"]
     assert all(
         r["metrics"]["coverage"] < row["coverage_mean"]
@@ -289,7 +304,7 @@ def interval(row: dict) -> tuple[str, str, str]:
 
 
 def test_the_readmes_words_on_rare_classes_have_the_numbers_of_the_records():
-    words = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    words = words_of_the_pages()
     rows = study_rows("imbalance")
     mean = {arm: f"{float(row['balanced_accuracy_mean']):.3f}" for (_, arm, _), row in rows.items()}
     few, many = (interval(rows["cnn", f"real+GAN {n}", "secondary"]) for n in (500, 3000))
@@ -298,22 +313,27 @@ def test_the_readmes_words_on_rare_classes_have_the_numbers_of_the_records():
     assert sentence.format(*many) in words
     assert f"without any generated cell, gives {mean['real+class weights']}." in words
     before, after = rows["cnn", "real", ""], rows["cnn", "real+GAN 500", "secondary"]
+    weighted = rows["cnn", "real+class weights", "secondary"]
     of = {
-        name: tuple(f"{float(row[f'recall {name}_mean']):.2f}" for row in (before, after))
+        name: tuple(f"{float(row[f'recall {name}_mean']):.2f}" for row in (before, after, weighted))
         for name in augmentation.LONG_TAIL
     }
     n = augmentation.LONG_TAIL
     for sentence in (
-        f"recall of basophils ({n['basophil']} training cells) goes from {{}} to {{}}, of",
-        f"erythroblasts ({n['erythroblast']}) from {{}} to {{}} and of",
-        f"monocytes ({n['monocyte']}) from {{}} to {{}}, but",
-        f"of lymphocytes ({n['lymphocyte']}) falls from {{}} to {{}}, where",
-        f"of immature granulocytes ({n['immature granulocyte']}) from {{}} to {{}}; plain",
+        f"recall of basophils ({n['basophil']} training cells) goes from {{}} to {{}}, and with "
+        "class weights to {};",
+        f"erythroblasts ({n['erythroblast']}) from {{}} to {{}}, and with class weights to {{}};",
+        f"monocytes ({n['monocyte']}) from {{}} to {{}}, and with class weights to {{}};",
+        f"of lymphocytes ({n['lymphocyte']}) falls from {{}} to {{}}, where class weights raise "
+        "it to {},",
+        f"of immature granulocytes ({n['immature granulocyte']}) falls from {{}} to {{}}, and "
+        "with class weights to {}.",
     ):
         kind = next(kind for kind in n if kind in sentence)
         assert sentence.format(*of[kind]) in words
-    weighted = rows["cnn", "real+class weights", "secondary"]
-    assert f"class weights raise it to {float(weighted['recall lymphocyte_mean']):.2f}," in words
+    rarest = [kind for kind in n if n[kind] == min(n.values())]
+    assert len(rarest) == 2 and all(of[kind][1] > of[kind][2] for kind in rarest)
+    assert "generated cells were ahead for the two rarest classes" in words
     accuracy = [f"{float(row['accuracy_mean']):.3f}" for row in (before, after)]
     assert accuracy[0] == accuracy[1] and f"accuracy stays at {accuracy[0]}, and" in words
     curve = [f"{float(row['auc_mean']):.3f}" for row in (before, after)]
@@ -334,7 +354,7 @@ def test_the_readmes_words_on_rare_classes_have_the_numbers_of_the_records():
 
 
 def test_the_readmes_words_on_few_cells_have_the_numbers_of_the_records():
-    words = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    words = words_of_the_pages()
     rows = study_rows("bccd")
     primary = [rows[name, "real+GAN+traditional", "primary"] for name in ("cnn", "cnn_rnn")]
     changes = ["{} ({} to {})".format(*interval(row)) for row in primary]
@@ -365,7 +385,7 @@ def test_the_readmes_words_on_few_cells_have_the_numbers_of_the_records():
 
 
 def test_the_readmes_words_on_usefulness_have_the_numbers_of_the_records():
-    words = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    words = words_of_the_pages()
     with open(RESULTS / "augmentation" / "generators.csv", newline="", encoding="utf-8") as file:
         rows = {(row["model"], row["preset"]): row for row in csv.DictReader(file)}
     mean = {key: f"{float(row['balanced_accuracy_mean']):.3f}" for key, row in rows.items()}
@@ -376,12 +396,14 @@ def test_the_readmes_words_on_usefulness_have_the_numbers_of_the_records():
     assert len(found) == 2 and all("H100" in study["device"] for study in found)
     for sentence in (
         f"has a balanced accuracy of {mean['ddpm', 'best']} ± {sd['ddpm', 'best']} on",
-        f"real cells give {mean['real cells', '']}, and {on_gpu:.3f} on the GPU where these two",
-        "cells alone reads real ones nearly as well as one of real cells "
-        f"({mean['ddpm', 'best']} and {mean['real cells', '']})",
+        f"real cells give {on_gpu:.3f} on the GPU where these two were measured, and "
+        f"{mean['real cells', '']} on the CPU",
+        f"with a balanced accuracy of {mean['ddpm', 'best']}; one of as many real cells, on the "
+        f"same GPU, with {on_gpu:.3f}.",
         f"`best_small` gives {mean['ddpm', 'best_small']} ± {sd['ddpm', 'best_small']} (three",
-        f"`best`, about as near as that one, gives {mean['cwgan_gp', 'best']} (two trainings), its",
-        f"at eighteen times the distance, {mean['cwgan_gp', 'baseline']} (one), and",
+        f"`best`, about as near as that one, gives {mean['cwgan_gp', 'best']} (three trainings),",
+        "its `baseline`, at seventeen times the distance, "
+        f"{mean['cwgan_gp', 'baseline']} (one), and",
         f"CVAE's `best` {mean['cvae', 'best']} (five)",
     ):
         assert sentence in words
@@ -395,7 +417,7 @@ def test_the_readmes_words_on_usefulness_have_the_numbers_of_the_records():
     assert by_use[-1] == ("cwgan_gp", "best") and ("cwgan_gp", "best") in by_distance[:3]
     assert by_use[:2] == [("ddpm", "best"), ("ddpm", "best_small")] and len(by_use) == 5
     far, near = (distance["cwgan_gp", preset]["frechet_mean"] for preset in ("baseline", "best"))
-    assert round(far / near) == 18
+    assert round(far / near) == 17
 
 
 GENERATORS = [page for page in PAGES if (page / "augmentation" / "generators").is_dir()]
@@ -443,7 +465,7 @@ def test_the_table_of_a_grid_is_that_of_its_records_and_readme_has_its_numbers(g
     tables.write_ablation_table(rows, tmp_path)
     for name in ("table.md", "table.csv"):
         assert (tmp_path / name).read_text() == (grid / name).read_text(), name
-    words = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    words = words_of_the_pages()
     found = {r["ablation"]: r for r in rows if r["model"] == "cvae" and r["seeds"] >= 3}
     assert set(found) == {"best", "normal prior", "temperature 1", "temperature 0"}
     value = {name: f"{row['frechet_mean']:.0f}" for name, row in found.items()}
