@@ -35,11 +35,14 @@ TABLES = {
     "results_reduced.md": "runs at a reduced budget",
     "results_per_class.md": "every class by itself",
     "results_reduced_per_class.md": "every class by itself, at a reduced budget",
+    "findings.md": "what the results say",
     "compare_models.ipynb": "the comparison of the models, executed",
 }
 PICTURES = {
     "suspicious_pairs.png": "Images that lie nearest to a training cell, measured by the nearest "
-    "held-out one. A copy would look the same as the one in the middle, and unlike the third.",
+    "held-out one. A copy would look the same as the one in the middle, and unlike the third. The "
+    "numbers: distance in pixels (root mean square, of 255) to the training cell and to the "
+    "held-out one, and the one over the other.",
     "losses.png": "Losses, and what else the training logged.",
     "frechet_infinity.png": "The Fréchet distance at several numbers of images, and the line that "
     "leads to infinitely many, FD∞.",
