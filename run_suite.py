@@ -633,7 +633,7 @@ def _trained_pipeline(record: dict, folder: Path, device: str) -> GenerativePipe
         dataset=record["dataset"]["source"],
         out=folder,
         device=device,
-        precision=record["measured"].get("precision"),  # in which it drew its images
+        precision=record.get("measured", {}).get("precision"),  # in which it drew
         **_settings(record),
     )
     pipeline.train()  # loads the weights
