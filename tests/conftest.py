@@ -41,6 +41,18 @@ def session_cache(tmp_path_factory) -> None:
         os.environ["CACHE_ROOT"] = before
 
 
+@pytest.fixture(autouse=True)
+def own_environment() -> None:
+    """What the suite sets for its notebooks is not left to the tests that follow."""
+    before = {name: os.environ.get(name) for name in ("DATA_ROOT", "EXTRACTOR")}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
 @pytest.fixture
 def empty_cache(tmp_path, monkeypatch) -> Path:
     """A cache folder of the test's own, not made yet."""
