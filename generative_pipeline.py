@@ -62,6 +62,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 CHECKPOINT_FORMAT = 2
 WEIGHTS_FORMAT = 1
 SAVED_SAMPLES = 64
+# They decide which weights of a training are kept, and leave the training itself as it is.
+KEEPING = ("ema_decay", "validation_epochs")
 HELD_OUT = 10  # images: the search for copies compares two halves of them
 
 
@@ -396,7 +398,18 @@ class GenerativePipeline:
         self.step, self.seconds = state["step"], state["seconds"]
         self.history, self.best = state["history"], state["best"]
         self._take_up(state)
+        if self.best and not self.config.validation_epochs:
+            self._keep_the_last_step()
         return True
+
+    def _keep_the_last_step(self) -> None:
+        """As if no validation had chosen another one."""
+        self.best = None
+        self.training = {**self.training, "kept_step": self.total_steps}
+        self.history = [
+            {name: value for name, value in row.items() if name != "validation_kid"}
+            for row in self.history
+        ]
 
     @property
     def weights_path(self) -> Path:
@@ -417,7 +430,7 @@ class GenerativePipeline:
     def load_weights(self) -> bool:
         """Take up the kept weights of the finished training; False where there are none.
 
-        The checkpoint of its end, where it is still there, is loaded as well, for the raw weights.
+        The checkpoint of its end, where it is still there, is loaded as well.
         """
         state = self._read_state(self.weights_path, WEIGHTS_FORMAT)
         if state is None:
@@ -462,6 +475,8 @@ class GenerativePipeline:
         names = {*stored, *own}
         if state["training"]:  # it is finished, and may be sampled by other settings
             names -= {*self.config.SAMPLING}
+            if file_format == CHECKPOINT_FORMAT and not any(own[name] for name in KEEPING):
+                names -= {*KEEPING}  # a checkpoint has the last step's own weights beside the kept
         differing = differences(stored, own, sorted(names))
         if differing:
             raise InputError(f"{path} is of another run: {differing}; choose another folder (out)")
@@ -523,22 +538,14 @@ class GenerativePipeline:
         model.load_state_dict(self._kept_state())
         return model.eval()
 
-    def sample(
-        self, labels: torch.Tensor, seed: int | None = None, raw: bool = False
-    ) -> torch.Tensor:
+    def sample(self, labels: torch.Tensor, seed: int | None = None) -> torch.Tensor:
         """Draw one image for each label, uint8 [N, C, S, S] on the CPU.
 
         labels: int64 [N]; an unconditional model uses only their number. seed: of the noise, the
-        run's own by default. raw: from the last step's raw weights instead of the kept ones; raises
-        InputError where only these are left.
+        run's own by default.
         """
-        if raw and self.kept and (self.ema or self.config.validation_epochs):
-            raise InputError(
-                f"the raw weights of {self.out} were in its checkpoint, which is gone; train again"
-            )
-        model = self._ready_to_sample(self.model) if raw else self.kept_model()
         seed = derive_seed(self.seed if seed is None else seed, "samples")
-        return self._sample_from(model, labels, seed)
+        return self._sample_from(self.kept_model(), labels, seed)
 
     def _sample_from(self, model, labels: torch.Tensor, seed: int) -> torch.Tensor:
         # Only diffusion takes many passes an image; of others bfloat16 would round the pixels.

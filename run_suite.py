@@ -37,7 +37,7 @@ import torch
 from tqdm import tqdm
 
 from custom_models import MODELS, make_config, usual_image_size
-from custom_models.ablations import GRIDS, Ablation
+from custom_models.ablations import GRIDS, LAST_WEIGHTS, Ablation
 from custom_models.classifiers import make_classifier
 from custom_models.config import parse_settings, stored_settings
 from evaluation import augmentation, figures
@@ -397,20 +397,27 @@ def _ablation_folder(options: argparse.Namespace, row: Ablation) -> Path:
 
 
 def share_weights(options: argparse.Namespace) -> None:
-    """Give rows that change nothing but the sampling the weights of the suite's runs, where kept.
+    """Give rows that leave the training as it is what the suite's runs have kept of theirs.
 
-    Their trainings would be the same but for the step that a validation keeps, which is the
-    suite's; the records tell by which settings it was chosen.
+    These are rows of other sampling, whose records tell by which settings the kept step was chosen,
+    and those of the last weights, which a run's checkpoint has until its folder is tidied up.
     """
     for row in GRIDS[options.ablations]:
         sampling = {*make_config(row.model, row.preset).SAMPLING}
-        if row.model not in options.models or not row.settings or row.settings.keys() - sampling:
+        if row.model not in options.models or not row.settings:
+            continue
+        if not row.settings.keys() - sampling:
+            name = "weights.pt"
+        elif row.settings == LAST_WEIGHTS:
+            name = "checkpoint.pt"
+        else:
             continue
         for seed in range(options.seeds):
-            weights = run_folder(options.out, row.model, row.preset, seed) / "weights.pt"
-            copy = _ablation_folder(options, row) / f"seed{seed}" / "weights.pt"
-            if weights.is_file() and not copy.exists():
-                write_atomically(copy, functools.partial(shutil.copyfile, weights))
+            run = run_folder(options.out, row.model, row.preset, seed)
+            copy = _ablation_folder(options, row) / f"seed{seed}" / name
+            finished = (run / "weights.pt").is_file() and (run / name).is_file()
+            if finished and not copy.exists():
+                write_atomically(copy, functools.partial(shutil.copyfile, run / name))
 
 
 def ablation_records(options: argparse.Namespace) -> list[tuple[Ablation, list[dict]]]:

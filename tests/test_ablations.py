@@ -10,7 +10,7 @@ import pytest
 
 import run_suite
 from custom_models import make_config
-from custom_models.ablations import GRIDS, Ablation
+from custom_models.ablations import GRIDS, LAST_WEIGHTS, Ablation
 from evaluation import figures
 from evaluation.protocol import Protocol
 from evaluation.tables import ablation_table, write_ablation_table
@@ -352,6 +352,20 @@ def test_a_row_that_changes_the_sampling_alone_has_the_suites_weights(suite, mon
     copy.write_bytes(b"its own")
     suite("--ablations", "tiny")
     assert copy.read_bytes() == b"its own"
+
+
+def test_a_row_of_the_last_weights_has_the_suites_checkpoints(suite, monkeypatch, tmp_path):
+    last = Ablation("last", "dcgan", "best", LAST_WEIGHTS)
+    monkeypatch.setitem(GRIDS, "tiny", (Ablation("best", "dcgan", "best"), last))
+    monkeypatch.setattr(run_suite, "plan", lambda rows: ([], []))
+    for seed, names in enumerate([("checkpoint.pt",), ("checkpoint.pt", "weights.pt")]):
+        folder = run_folder(tmp_path, "dcgan", "best", seed)
+        folder.mkdir(parents=True)
+        for name in names:
+            (folder / name).write_bytes(b"state")
+    suite("--ablations", "tiny")
+    (copy,) = (tmp_path / "ablations").rglob("*.pt")  # the other is one of half the way
+    assert copy.parts[-3:] == ("dcgan-best-last", "seed1", "checkpoint.pt")
 
 
 def test_the_suites_runs_are_the_baseline(suite, monkeypatch):

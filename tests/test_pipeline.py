@@ -261,7 +261,7 @@ def test_sampling_and_drawing_between_epochs_change_nothing(make):
     validate = other._validate
 
     def disturb(epoch):
-        other.sample(torch.arange(8), raw=True)
+        other._save_progress_grid(0, None)
         torch.rand(5), np.random.rand(5), random.random()
         validate(epoch)
 
@@ -656,28 +656,55 @@ def test_the_mean_takes_in_batch_statistics_too(make):
 
 
 @pytest.mark.parametrize("name", ["dcgan", "ddpm"])
-def test_the_mean_is_sampled_and_the_raw_weights_stay_available(name, make, bad_input):
+def test_the_mean_is_sampled_and_leaves_the_training_as_it_is(name, make):
     pipeline = make(name, validation_epochs=0, ema_decay=0.99)
     pipeline.train()
-    labels = torch.arange(8)
-    kept, raw = pipeline.sample(labels), pipeline.sample(labels, raw=True)
-    assert not torch.equal(kept, raw)
     plain = make(name, out="plain", validation_epochs=0, ema_decay=0.0)
     plain.train()
+    labels = torch.arange(8)
+    assert not torch.equal(pipeline.sample(labels), plain.sample(labels))
     assert differences(plain.model.state_dict(), pipeline.model.state_dict()) == []
-    assert torch.equal(plain.sample(labels, raw=True), raw)
-    # The kept weights are rounded.
-    assert (plain.sample(labels).int() - raw.int()).abs().float().mean() < 1
-    # What is kept of a run are the mean's weights alone.
-    again = make(name, validation_epochs=0, ema_decay=0.99)
-    again.train()
-    assert torch.equal(again.sample(labels, raw=True), raw)
-    pipeline.checkpoint_path.unlink()
-    again = make(name, validation_epochs=0, ema_decay=0.99)
-    again.train()
-    assert torch.equal(again.sample(labels), kept)
-    with bad_input(str(pipeline.out), "raw weights", "train again"):
-        again.sample(labels, raw=True)
+
+
+@pytest.mark.parametrize("name, preset", [("dcgan", "best"), ("cvae", "best"), ("ddpm", "quick")])
+def test_the_last_weights_need_no_training_of_their_own(name, preset, make, bad_input):
+    """A finished checkpoint has them, beside the mean and the step that validation chose."""
+    chosen = make(name, preset=preset, ema_decay=0.9, validation_epochs=1)
+    chosen.train()
+    state = torch.load(chosen.checkpoint_path, weights_only=True)
+    state["best"]["step"] = state["training"]["kept_step"] = 1
+    last = {"preset": preset, "ema_decay": 0.0, "validation_epochs": 0}
+    whole, taken = make(name, out="whole", **last), make(name, out="taken", **last)
+    whole.train()
+    taken.out.mkdir()
+    torch.save(state, taken.checkpoint_path)
+    taken.train()
+    labels = torch.arange(8)
+    assert torch.equal(taken.sample(labels), whole.sample(labels))
+    assert not torch.equal(taken.sample(labels), chosen.sample(labels))
+    assert taken.history == whole.history and taken.weights_key() == whole.weights_key()
+    record = taken.evaluate()
+    assert record["kept_step"] == record["steps"] == taken.total_steps
+    assert record["seconds"] == chosen.training["seconds"]
+    # Taken up again, with the checkpoint and without it.
+    for _ in range(2):
+        again = make(name, out="taken", **last)
+        again.train()
+        assert torch.equal(again.sample(labels), whole.sample(labels))
+        assert again.training == taken.training and again.history == whole.history
+        taken.checkpoint_path.unlink(missing_ok=True)
+    # No other mean's weights, nothing of half the way, and not the kept weights alone.
+    other = make(name, out="other", **last | {"ema_decay": 0.5})
+    other.out.mkdir()
+    torch.save(state, other.checkpoint_path)
+    with bad_input("ema_decay (0.9 there, 0.5 here)"):
+        other.train()
+    torch.save({**state, "training": None}, taken.checkpoint_path)
+    taken.weights_path.unlink()
+    with bad_input("ema_decay (0.9 there, 0.0 here)"):
+        make(name, out="taken", **last).train()
+    with bad_input(str(chosen.weights_path), "ema_decay (0.9 there, 0.0 here)"):
+        make(name, out="run", **last).train()
 
 
 def test_without_a_validation_split_the_last_step_is_kept(make):
@@ -840,9 +867,10 @@ def test_sampling_is_done_in_evaluation_mode_and_changes_nothing(make):
     model = pipeline.model
     model.train()
     before = copy.deepcopy(model.state_dict())
-    images = pipeline.sample(torch.zeros(10, dtype=torch.int64), raw=True)
+    images = pipeline.sample(torch.zeros(10, dtype=torch.int64))
     assert model.training and model.generator.training
     assert differences(model.state_dict(), before) == []
+    model.load_state_dict(rounded(before))
     model.eval()
     generator = torch.Generator().manual_seed(derive_seed(0, "samples"))
     expected = to_uint8(model.sample(torch.zeros(10, dtype=torch.int64), generator))
