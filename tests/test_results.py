@@ -200,11 +200,12 @@ def test_the_readmes_words_have_the_numbers_of_the_records():
         )
         assert any(sentence in words for sentence in sentences)
     runs = [r for r in RECORDS[RESULTS] if (r["model"], r["preset"]) == ("cwgan_gp", "best")]
-    assert len(runs) == 3 and "the cWGAN-GP's `baseline` once and its `best` over three," in words
+    assert len(runs) == 4 and "the cWGAN-GP's `baseline` once and its `best` over four," in words
     (row,) = tables.results_table(runs)
-    assert f"and {row['frechet_mean']:.0f} (cWGAN-GP, three trainings)" in words
+    assert f"the next at {row['frechet_mean']:.0f} (cWGAN-GP, four trainings of nearly two" in words
+    assert all(1.3 < r["seconds"] / 3600 < 2.1 for r in runs)
     *most, last = (f"{r['metrics']['frechet_distance']:.0f}" for r in runs)
-    assert f"the cWGAN-GP's three at {', '.join(most)} and {last}." in words
+    assert f"the cWGAN-GP's four at {', '.join(most)} and {last}." in words
     runs = [r for r in RECORDS[RESULTS] if (r["model"], r["preset"]) == ("ddpm", "best")]
     _, row = tables.results_table(runs, tables.floor_of(runs))
     assert len(runs) == 2 and "diffusion's `best` twice." in words
@@ -260,7 +261,7 @@ def test_the_readmes_words_have_the_numbers_of_the_records():
     (row,) = tables.results_table(runs)
     real = tables.with_both_halves(tables.floor_of(runs))
     assert len(runs) == 3 and f"at a mean distance of {row['frechet_mean']:.0f} its" in words
-    assert f"the next at {row['frechet_mean']:.0f} (a small diffusion model, three" in words
+    assert f"and {row['frechet_mean']:.0f} (a small diffusion model, three" in words
     assert row["precision_mean"] > real["precision"] and row["recall_mean"] < real["recall"]
     assert all(
         r["metrics"]["coverage"] < row["coverage_mean"]
@@ -401,8 +402,8 @@ def test_the_readmes_words_on_usefulness_have_the_numbers_of_the_records():
         f"with a balanced accuracy of {mean['ddpm', 'best']}; one of as many real cells, on the "
         f"same GPU, with {on_gpu:.3f}.",
         f"`best_small` gives {mean['ddpm', 'best_small']} ± {sd['ddpm', 'best_small']} (three",
-        f"`best`, about as near as that one, gives {mean['cwgan_gp', 'best']} (three trainings),",
-        "its `baseline`, at seventeen times the distance, "
+        f"`best`, about as near as that one, gives {mean['cwgan_gp', 'best']} (four trainings),",
+        "its `baseline`, at eighteen times the distance, "
         f"{mean['cwgan_gp', 'baseline']} (one), and",
         f"CVAE's `best` {mean['cvae', 'best']} (five)",
     ):
@@ -417,7 +418,7 @@ def test_the_readmes_words_on_usefulness_have_the_numbers_of_the_records():
     assert by_use[-1] == ("cwgan_gp", "best") and ("cwgan_gp", "best") in by_distance[:3]
     assert by_use[:2] == [("ddpm", "best"), ("ddpm", "best_small")] and len(by_use) == 5
     far, near = (distance["cwgan_gp", preset]["frechet_mean"] for preset in ("baseline", "best"))
-    assert round(far / near) == 17
+    assert round(far / near) == 18
 
 
 GENERATORS = [page for page in PAGES if (page / "augmentation" / "generators").is_dir()]
@@ -474,3 +475,10 @@ def test_the_table_of_a_grid_is_that_of_its_records_and_readme_has_its_numbers(g
     assert f"its `best` lies at {value['normal prior']} instead of {own}," in words
     cooled = f"temperature 1 instead of 0.5 at {value['temperature 1']}, at temperature 0,"
     assert cooled in words and f"without any texture, at {value['temperature 0']}." in words
+    last = {r["model"]: r for r in rows if r["ablation"] == "no EMA" and r["seeds"] == 3}
+    means = {m: f"{r['frechet_mean']:.0f}" for m, r in last.items()}
+    kept = {m: f"{r['frechet_mean'] - r['difference']:.0f}" for m, r in last.items()}
+    assert f"the DCGAN's `best` lies at {means['dcgan']} instead of {kept['dcgan']}," in words
+    assert f"the cWGAN-GP's at {means['cwgan_gp']} instead of {kept['cwgan_gp']}." in words
+    measured = [row for row in rows if row["settings"] != "{}" and row["seeds"] == 3]
+    assert len(measured) == 5 and "Five rows of the [table of ablations]" in words
