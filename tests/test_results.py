@@ -140,10 +140,10 @@ def test_shipped_references_are_those_of_the_records():
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
-def test_kept_notebooks_hold_no_paths_of_a_machine(path):
+def test_kept_notebooks_are_whole_and_hold_no_paths_of_a_machine(path):
     notebook = nbformat.read(path, as_version=4)
     state = notebook.metadata["papermill"]
-    assert state["exception"] is None
+    assert state["exception"] is None and state["end_time"]  # none yet while it is executed
     for name in ("input_path", "output_path"):
         assert not Path(state[name]).is_absolute()
     assert not re.search(r"/(work|home|root|Users)/|/tmp/ipykernel", path.read_text())
