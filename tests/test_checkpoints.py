@@ -32,8 +32,9 @@ from utils import (
 
 ROOT = Path(__file__).parents[1]
 # One model with classes and one without; both have counts among their weights.
+CVAE = {"channels": (8, 8, 8), "latent_channels": 2, "prior_channels": (8,)}
 TINY = {
-    "cvae": {"channels": (8, 8, 8), "latent_dim": 4},
+    "cvae": CVAE,
     "dcgan": {
         "generator_channels": (8, 8, 8),
         "discriminator_channels": (8, 8, 8),
@@ -183,7 +184,7 @@ def edit_record(run: Path, path: tuple[str, ...], value) -> None:
 OTHER_RECORDS = {
     "seed": (("seed",), 7),
     "model": (("model",), "dcgan"),
-    "latent_dim": (("config", "latent_dim"), 5),
+    "latent_channels": (("config", "latent_channels"), 5),
     "dataset_sha256": (("dataset", "sha256"), "0" * 64),
     "code_version": (("versions", "code"), 0),
     "seconds": (("seconds",), 1e6),  # another training with the same settings
@@ -390,7 +391,7 @@ BAD_FILES = {
     "unknown preset": (lambda p: change(p, {"preset": "huge"}), "no preset 'huge'"),
     "unknown setting": (lambda p: change(p, {"config": {"depth": 3}}), "no setting 'depth'"),
     "other settings": (
-        lambda p: change(p, {"config": {"channels": [8, 8, 8], "latent_dim": 5}}),
+        lambda p: change(p, {"config": {**CVAE, "latent_channels": 3}}),
         "tensor decoder.layers.0.weight is float16 [392, 12], but the model's is float16 [392, 13]",
     ),
     "too few": (lambda p: change(p, **{FLOAT: None}), f"{FLOAT} is missing, but the model's is"),
