@@ -291,7 +291,7 @@ class GenerativePipeline:
             return
         val = self.sets["val"]
         extractor = self.extractor()
-        model = self._ready_to_sample(self._averaged_model())
+        model = self._ready_to_sample()
         fakes = self._sample_from(model, val.labels, derive_seed(self.seed, "validation"))
         value, _ = kid.kernel_distance(
             features.extract(val.images, extractor),
@@ -314,7 +314,7 @@ class GenerativePipeline:
         if percent is None and not (writer and (epoch + 1) % 10 == 0):
             return
         labels = class_balanced_labels(self.config.n_classes, 8)
-        model = self._ready_to_sample(self._averaged_model())
+        model = self._ready_to_sample()
         images = self._sample_from(model, labels, derive_seed(self.seed, "progress"))
         if percent:
             path = self.out / "progress" / f"{percent:03d}.png"
@@ -515,22 +515,15 @@ class GenerativePipeline:
         """The weights that are sampled during training: their running mean where there is one."""
         return self.ema.module if self.ema else self.model
 
-    def _ready_to_sample(self, model: torch.nn.Module) -> torch.nn.Module:
-        """A copy, with its prior fitted to the training cells if it is of the models that do so."""
-        model = copy.deepcopy(model).eval()
-        if hasattr(model, "fit_prior"):
-            model.fit_prior(self.train_set.images, self.train_set.labels)
-        return model
+    def _ready_to_sample(self) -> torch.nn.Module:
+        """A copy of the model that is sampled during training."""
+        return copy.deepcopy(self._averaged_model()).eval()
 
     def _kept_state(self) -> dict[str, torch.Tensor]:
         """The best step's weights where validation chose one, else the last ones, in float16."""
         if self.kept:
             return self.kept
-        if self.best:
-            state = self.best["state"]
-        else:
-            state = self._ready_to_sample(self._averaged_model()).state_dict()
-        return as_kept(state)
+        return as_kept(self.best["state"] if self.best else self._averaged_model().state_dict())
 
     def kept_model(self) -> torch.nn.Module:
         """The trained model, from the very weights that are kept on the disk."""

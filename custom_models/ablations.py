@@ -71,7 +71,7 @@ LAST_WEIGHTS = {"ema_decay": 0.0, "validation_epochs": 0}
 # Each of our changes that is a setting, taken away again, one at a time.
 BEST = (
     Ablation("best", "cvae", "best"),
-    Ablation("normal prior", "cvae", "best", {"fitted_prior": False}, "N(0, I), not fitted"),
+    Ablation("normal prior", "cvae", "best", {"learned_prior": False}, "N(0, I), not learned"),
     Ablation("temperature 1", "cvae", "best", {"temperature": 1.0}, "draws as the model says"),
     Ablation("temperature 0", "cvae", "best", {"temperature": 0.0}, "means, without a texture"),
     Ablation("no warm-up", "cvae", "best", {"kl_warmup_images": 0}, "whole KL from the start"),

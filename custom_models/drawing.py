@@ -122,11 +122,6 @@ def _kept_state(path: Path, checkpoint: dict) -> dict[str, torch.Tensor]:
     """Of a checkpoint: the best step's weights, else their running mean, else the last ones."""
     if checkpoint["best"]:
         return as_kept(checkpoint["best"]["state"])
-    if checkpoint["identity"].get("fitted_prior"):
-        raise InputError(
-            f"{path} has no prior yet, which is fitted to the training images; let the training go "
-            "on to its first validation, or give the weights.pt of a finished run"
-        )
     return as_kept(checkpoint["ema"] or checkpoint["model"])
 
 

@@ -338,10 +338,10 @@ class Model(nn.Module):
         c_noise = sigma.log() / 4
         return c_skip * x + c_out * self.unet(c_in * x, c_noise, labels, augmentation).float()
 
-    def loss(self, images: Tensor, labels: Tensor, augmentation: Tensor) -> Tensor:
+    def loss(self, images: Tensor, labels: Tensor, augmentation: Tensor | None = None) -> Tensor:
         """Equation (2), weighed by λ(σ) of table 1 so that every σ counts alike; about 1 at first.
 
-        images: [-1, 1], [N, C, S, S]; labels, augmentation: as in `UNet`.
+        images: [-1, 1], [N, C, S, S]; labels, augmentation: as in `denoise`.
         """
         config = self.config
         sigma = torch.randn(len(images), device=images.device)
@@ -392,6 +392,11 @@ class Model(nn.Module):
 
     def in_steps(self, labels: Tensor, noise: Tensor, steps: int) -> Tensor:
         """Images of these classes from given noise of variance 1, in any number of steps."""
+        images = self.solve(labels, noise, steps).clamp(-1, 1)
+        return jpeg_layer(self.config).to(noise.device)(images)
+
+    def solve(self, labels: Tensor, noise: Tensor, steps: int) -> Tensor:
+        """The end of the probability flow ODE that begins at this noise; [N, C, S, S]."""
         config = self.config
         sigmas = karras_sigmas(steps, config.sigma_min, config.sigma_max, config.rho)
         sigmas = sigmas.to(labels.device)
@@ -399,8 +404,11 @@ class Model(nn.Module):
         def model(x: Tensor, sigma: Tensor) -> Tensor:
             return self.guided(x, sigma, labels)
 
-        images = SAMPLERS[config.sampler](model, sigmas[0] * noise, sigmas)
-        return jpeg_layer(config).to(noise.device)(images.clamp(-1, 1))
+        return SAMPLERS[config.sampler](model, sigmas[0] * noise, sigmas)
+
+    def compile(self, *arguments, **options) -> None:
+        """Its network, which is what is called."""
+        self.unet.compile(*arguments, **options)
 
     def guided(self, x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
         """Denoised with classifier-free guidance: away from what the network draws without a class.

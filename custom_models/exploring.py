@@ -43,7 +43,7 @@ def draw_noise(model: nn.Module, labels: Tensor, seed: int) -> Tensor:
     else:
         dim = config.latent_dim
     parts = [torch.randn(n, dim, generator=generator)]
-    if hasattr(model, "prior_mean"):
+    if hasattr(model, "images_of"):
         size = config.image_size
         for coefficients in model.jpeg.encode(torch.zeros(1, 3, size, size)):
             parts.append(logistic_noise((n, coefficients.numel()), generator))
@@ -62,7 +62,7 @@ def images_from(model: nn.Module, noise: Tensor, labels: Tensor) -> Tensor:
         side = config.image_size
         noise = noise.view(len(noise), config.image_channels, side, side)
         images = model.in_steps(labels, noise, config.sampling_steps)
-    elif hasattr(model, "prior_mean"):
+    elif hasattr(model, "images_of"):
         images = _from_coefficients(model, noise, labels)
     elif hasattr(model, "decoder"):
         images = model.decoder(noise, model.condition(labels)).sigmoid() * 2 - 1

@@ -9,10 +9,11 @@ each block, how far the file may be from it: a discretised logistic (Salimans et
 "PixelCNN++", section 2.1, there for pixels). What it can't foresee, it then draws as texture of the
 right frequencies. The bound is that of Kingma and Welling 2014, as in `cvae`.
 
-The latents of the training cells never fill N(0, I) quite, and each class has a part of its own, so
-that draws from N(0, I) decode to cells of no class. So after training each class gets a Gaussian
-that is fitted to its latents (Ghosh et al. 2020, "From Variational to Deterministic Autoencoders",
-section 4, ex-post density estimation).
+The latents of real cells never fill N(0, I): they tell too much of each cell, and a draw from
+N(0, I) decodes to a cell of no class. So p(z | class) is learned, too, by diffusion over the
+latents, as in Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models",
+here by `edm` and beside the autoencoder, of whose loss it is no part. For its network the latents
+are a small image, one column for every 4 × 4 pixels.
 """
 
 from collections.abc import Callable
@@ -24,48 +25,92 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from custom_models import edm
 from custom_models.config import ModelConfig
-from custom_models.layers import CHROMA, JPEG, ResidualBlock, update
-from utils import to_model_range
+from custom_models.layers import CHROMA, JPEG, ResidualBlock, cosine_decay, repeat_last, update
 
 
 @dataclass(frozen=True)
 class Config(ModelConfig):
-    latent_dim: int = 128  # random numbers behind an image
+    latent_channels: int = 4  # random numbers behind each 4 × 4 pixels
     channels: tuple = (32, 64, 128)  # widths of the encoder; the decoder mirrors them
     kl_weight: float = 1.0  # weight of the KL term; 1 is the evidence lower bound
     kl_warmup_images: int = 36_000  # images over which the KL's weight rises from 0
-    fitted_prior: bool = True  # draw from the latents that each class has in truth; else N(0, I)
+    learned_prior: bool = True  # draw latents from what was learned of each class's; else N(0, I)
+    prior_channels: tuple = (64, 96)  # widths of the U-Net that learns it, multiples of 8
+    prior_draws: int = 4  # latents of each image, at a noise level each, in one update of the prior
+    prior_steps: int = 24  # levels of noise on the way to latents
     temperature: float = 0.5  # of the drawn coefficients; 0: their means, 1: as trained
     jpeg_quality: int = 75  # of the data set's files; other data sets need another, such as 95
-    jpeg_chroma: str = "mean"  # how JPEG halves colours: mean, or dct as BloodMNIST's own
+    jpeg_chroma: str = "dct"  # how JPEG halves colours: mean, or dct as BloodMNIST's own
     JPEG_ELSEWHERE: ClassVar[int] = 95  # jpeg_quality for data that was not stored as JPEG
-    LATER: ClassVar[dict] = {"jpeg_chroma": "mean"}
-    SAMPLING: ClassVar[tuple] = ("fitted_prior", "temperature")
-    lr: float = 1e-3  # step size of Adam
-    batch_size: int = 64
+    SAMPLING: ClassVar[tuple] = ("learned_prior", "prior_steps", "temperature")
+    lr: float = 1e-3  # largest step size of Adam, for both
+    warmup_images: int = 10_000  # images over which the learning rate rises from 0 to lr
+    decay_images: int = 143_500  # images over which lr falls to a fiftieth, by a cosine
+    # An image costs a core hardly more in a batch of 16 than of 64, for four times the updates.
+    batch_size: int = 16
     epochs: int = 12
     ema_decay: float = 0.999
     validation_epochs: int = 4
 
     def __post_init__(self):
         super().__post_init__()
-        self.require(self.latent_dim >= 1, "latent_dim", "at least 1")
+        self.require(self.latent_channels >= 1, "latent_channels", "at least 1")
         self.require(len(self.channels) == 3, "channels", "three widths")
         self.require(self.image_channels == 3, "image_channels", "3: a JPEG has colours")
         self.require(self.image_size >= 8, "image_size", "at least 8")
         self.require(self.kl_weight >= 0, "kl_weight", "at least 0")
         self.require(self.kl_warmup_images >= 0, "kl_warmup_images", "at least 0")
+        self.require(
+            len(self.prior_channels) <= 2 and all(c % 8 == 0 for c in self.prior_channels),
+            "prior_channels",
+            "one or two widths, multiples of 8",
+        )
+        self.require(self.prior_draws >= 1, "prior_draws", "at least 1")
+        self.require(self.prior_steps >= 2, "prior_steps", "at least 2")
         self.require(self.temperature >= 0, "temperature", "at least 0")
+        self.require(self.warmup_images >= 0, "warmup_images", "at least 0")
+        self.require(self.decay_images >= 1, "decay_images", "at least 1")
         self.require(self.jpeg_chroma in CHROMA, "jpeg_chroma", " or ".join(CHROMA))
         self.require(1 <= self.jpeg_quality <= 100, "jpeg_quality", "from 1 to 100")
 
     def build(self) -> "Model":
         return Model(self)
 
+    @property
+    def latent_side(self) -> int:
+        return -(-self.image_size // 4)
+
+    @property
+    def latent_dim(self) -> int:
+        """Random numbers behind an image."""
+        return self.latent_channels * self.latent_side**2
+
+    @property
+    def prior(self) -> edm.Config:
+        """Diffusion over latents, whose variance is about 1."""
+        return edm.Config(
+            image_size=self.latent_side,
+            image_channels=self.latent_channels,
+            n_classes=self.n_classes,
+            channels=self.prior_channels,
+            blocks=1,
+            label_dropout=0.0,
+            sigma_data=1.0,
+            p_mean=-0.5,  # the paper's -1.2 is for images of half the spread
+            p_std=1.3,
+            sigma_min=0.01,
+        )
+
+
+def as_maps(condition: Tensor, side: int) -> Tensor:
+    """[N, classes] → the same at every place, [N, classes, side, side]."""
+    return condition[:, :, None, None].expand(-1, -1, side, side)
+
 
 class Encoder(nn.Module):
-    """Images in [-1, 1], one-hot classes → mean and log variance of q(z | x), [N, latent_dim]."""
+    """Images in [-1, 1], one-hot classes → mean and log variance of q(z | x), [N, C, S/4, S/4]."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -74,13 +119,18 @@ class Encoder(nn.Module):
         for width, following in pairwise(widths):
             layers.append(nn.Conv2d(width, following, 4, stride=2, padding=1))
             layers.append(ResidualBlock(following))
-        self.layers = nn.Sequential(*layers, nn.LeakyReLU(0.2), nn.Flatten())
-        features = widths[-1] * (config.image_size // 2 // 2) ** 2
-        self.out = nn.Linear(features + config.n_classes, 2 * config.latent_dim)
+        self.layers = nn.Sequential(*layers, nn.LeakyReLU(0.2))
+        self.out = nn.Sequential(
+            nn.Conv2d(widths[-1] + config.n_classes, widths[-1], 3, padding=1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(widths[-1], 2 * config.latent_channels, 1),
+        )
 
     def forward(self, images: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        features = torch.cat([self.layers(images), condition], dim=1)
-        mean, log_variance = self.out(features).float().chunk(2, dim=1)
+        rest = -images.shape[2] % 4
+        features = self.layers(repeat_last(images, rest, rest))
+        told = torch.cat([features, as_maps(condition, features.shape[2])], dim=1)
+        mean, log_variance = self.out(told).float().chunk(2, dim=1)
         return mean, log_variance.clamp(-12, 4)
 
 
@@ -93,11 +143,10 @@ class Decoder(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        widths = config.channels[::-1]
-        self.size, side = config.image_size, -(-config.image_size // 4)
+        widths, self.size = config.channels[::-1], config.image_size
         layers = [
-            nn.Linear(config.latent_dim + config.n_classes, widths[0] * side**2),
-            nn.Unflatten(1, (widths[0], side, side)),
+            nn.Conv2d(config.latent_channels + config.n_classes, widths[0], 3, padding=1),
+            ResidualBlock(widths[0]),
             ResidualBlock(widths[0]),
         ]
         for width, following in pairwise(widths):
@@ -115,9 +164,10 @@ class Decoder(nn.Module):
         )
 
     def forward(self, latents: Tensor, condition: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x = self.layers(torch.cat([latents, condition], dim=1))[:, :, : self.size, : self.size]
+        told = torch.cat([latents, as_maps(condition, latents.shape[2])], dim=1)
+        x = self.layers(told)[:, :, : self.size, : self.size]
         mean, rest = self.mean(x).tanh(), -self.size % 16
-        x = F.pad(x, (0, rest, 0, rest), mode="replicate")
+        x = repeat_last(x, rest, rest)
         return mean, self.luma(x), self.chroma(x)
 
 
@@ -128,6 +178,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.prior = edm.Model(config.prior)
         self.jpeg = JPEG(config.jpeg_quality, config.jpeg_chroma)
         # The spread of a photograph's coefficients falls by about half with each frequency: the
         # scales begin there.
@@ -136,14 +187,15 @@ class Model(nn.Module):
         chroma = (2 * 0.5**frequency).clamp(min=0.05).log().repeat(2)[:, None, None]
         self.register_buffer("usual_luma", luma, persistent=False)
         self.register_buffer("usual_chroma", chroma, persistent=False)
-        self.register_buffer("images_seen", torch.zeros((), dtype=torch.int64))
-        # p(z | class) as mean and Cholesky factor of the covariance; N(0, I) until it is fitted.
-        classes, dim = config.n_classes, config.latent_dim
-        self.register_buffer("prior_mean", torch.zeros(classes, dim))
-        self.register_buffer("prior_factor", torch.eye(dim).repeat(classes, 1, 1))
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {"adam": torch.optim.Adam(self.parameters(), lr=self.config.lr)}
+        autoencoder = [*self.encoder.parameters(), *self.decoder.parameters()]
+        # The count for both warm-ups stands in an optimizer's own state, and is saved with it.
+        group = {"params": autoencoder, "images_seen": 0}
+        return {
+            "adam": torch.optim.Adam([group], lr=self.config.lr),
+            "prior": torch.optim.Adam(self.prior.parameters(), lr=self.config.lr),
+        }
 
     def condition(self, labels: Tensor) -> Tensor:
         """One-hot classes, [N, n_classes]."""
@@ -158,43 +210,41 @@ class Model(nn.Module):
         return list(zip(self.jpeg.encode(image), log_scales, strict=True))
 
     def training_step(self, images: Tensor, labels: Tensor, optimizers: dict) -> dict[str, Tensor]:
-        """One update by the negative evidence lower bound. images: [-1, 1], [N, 3, S, S].
+        """One update by the negative evidence lower bound, and one of the prior.
 
-        Logs the loss and its parts, in nats an image.
+        images: [-1, 1], [N, 3, S, S]. Logs the loss and its parts, in nats an image, and the
+        prior's loss, about 1 at first.
         """
-        config = self.config
+        config, adam = self.config, optimizers["adam"]
+        (group,) = adam.param_groups
+        group["images_seen"] += len(images)
+        for optimizer in optimizers.values():
+            optimizer.param_groups[0]["lr"] = self.learning_rate(group["images_seen"])
+
         mean, log_variance = self.encoder(images, self.condition(labels))
-        latents = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
+        latents = draw_normal(mean, log_variance)
         file = [coefficients.round() for coefficients in self.jpeg.encode(images)]
         pairs = zip(file, self.decode(latents, labels), strict=True)
         reconstruction = -sum(
             log_likelihood(values, *logistic) for values, logistic in pairs
         ).mean()
-        kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).sum(1).mean()
+        kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).flatten(1).sum(1).mean()
         # A weight that rises lets the decoder learn to use the latents before they cost.
-        self.images_seen += len(images)
-        warmth = (self.images_seen / max(1, config.kl_warmup_images)).clamp(max=1)
+        warmth = min(1.0, group["images_seen"] / max(1, config.kl_warmup_images))
         loss = reconstruction + warmth * config.kl_weight * kl
+        update(adam, loss, largest_norm=1000.0)  # for one odd image in a batch
 
-        update(optimizers["adam"], loss, largest_norm=1000.0)  # for one odd image in a batch
-        return {"loss": loss, "reconstruction": reconstruction, "kl": kl}
+        # Drawing latents anew costs less than encoding other images.
+        parts = [part.detach().repeat(config.prior_draws, 1, 1, 1) for part in (mean, log_variance)]
+        prior_loss = self.prior.loss(draw_normal(*parts), labels.repeat(config.prior_draws))
+        update(optimizers["prior"], prior_loss)
+        return {"loss": loss, "reconstruction": reconstruction, "kl": kl, "prior_loss": prior_loss}
 
-    @torch.no_grad()
-    def fit_prior(self, images: Tensor, labels: Tensor) -> None:
-        """Fit each class's Gaussian to the latents of its training cells.
-
-        images: uint8 [N, 3, S, S], of which a few at a time are made float32. A class without
-        cells keeps what it has.
-        """
-        parts = zip(images.split(256), self.condition(labels).split(256), strict=True)
-        latents = [self.encoder(to_model_range(part), told) for part, told in parts]
-        means, log_variances = (torch.cat(part).double() for part in zip(*latents, strict=True))
-        for label in labels.unique().tolist():
-            mean, variance = means[labels == label], log_variances[labels == label].exp()
-            # Of a mixture of Gaussians, one for each cell: their spread and that of their means.
-            covariance = mean.T.cov(correction=0) + variance.mean(0).diag()
-            self.prior_mean[label] = mean.mean(0)
-            self.prior_factor[label] = torch.linalg.cholesky(covariance)
+    def learning_rate(self, images_seen: int) -> float:
+        """Linear warm-up, and a cosine down to a fiftieth."""
+        config = self.config
+        warmth = min(1.0, images_seen / max(1, config.warmup_images))
+        return config.lr * warmth * cosine_decay(images_seen / config.decay_images)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -219,15 +269,19 @@ class Model(nn.Module):
         other, to their noise.
         """
         config = self.config
-        latents = noise
-        if config.fitted_prior:
-            spread = (self.prior_factor[labels] @ noise[..., None]).squeeze(2)
-            latents = self.prior_mean[labels] + spread
+        latents = noise.view(-1, config.latent_channels, config.latent_side, config.latent_side)
+        if config.learned_prior:
+            latents = self.prior.solve(labels, latents, config.prior_steps)
         coefficients = [
             (mean + config.temperature * log_scale.exp() * draw(mean.shape)).round()
             for mean, log_scale in self.decode(latents, labels)
         ]
         return self.jpeg.decode(*coefficients, (config.image_size, config.image_size))
+
+
+def draw_normal(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """One draw for each mean, of the same shape."""
+    return mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
 
 
 def logistic_noise(shape: torch.Size, generator: torch.Generator) -> Tensor:

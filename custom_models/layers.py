@@ -158,13 +158,13 @@ class JPEG(nn.Module):
             height, width = images.shape[2:]
             pixels = _round(((images.float() + 1) * 127.5).clamp(0, 255))
             # Whole blocks of 16 × 16 pixels, the last column and row repeated.
-            pixels = _repeat_last(pixels, -height % 16, -width % 16)
+            pixels = repeat_last(pixels, -height % 16, -width % 16)
             ycbcr = _round(torch.einsum("dc,nchw->ndhw", self.to_ycbcr, pixels))
             luma = _transform(ycbcr[:, :1] - 128, self.cosines)
             if self.chroma == "mean":
                 # libjpeg-turbo repeats the last row of what it has halved.
                 halved = _halve(ycbcr[:, 1:, : height + height % 2])
-                halved = _repeat_last(halved, -halved.shape[2] % 8, 0)
+                halved = repeat_last(halved, -halved.shape[2] % 8, 0)
                 chroma = _transform(halved, self.cosines)
             else:
                 # The low half of a block's frequencies is the block at half its size, doubled.
@@ -239,7 +239,7 @@ def _round(values: Tensor) -> Tensor:
     return values + (values.round() - values).detach()
 
 
-def _repeat_last(planes: Tensor, rows: int, columns: int) -> Tensor:
+def repeat_last(planes: Tensor, rows: int, columns: int) -> Tensor:
     """Planes with the last row repeated so often, and then the last column.
 
     Not F.pad, whose gradient torch.compile can't lay out for images in channels-last order.

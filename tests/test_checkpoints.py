@@ -31,9 +31,10 @@ from utils import (
 )
 
 ROOT = Path(__file__).parents[1]
-# One model with classes and one without; both have counts among their weights.
+# One model with classes and one without, which has a count among its weights.
+CVAE = {"channels": (8, 8, 8), "latent_channels": 2, "prior_channels": (8,)}
 TINY = {
-    "cvae": {"channels": (8, 8, 8), "latent_dim": 4},
+    "cvae": CVAE,
     "dcgan": {
         "generator_channels": (8, 8, 8),
         "discriminator_channels": (8, 8, 8),
@@ -129,7 +130,8 @@ def test_the_tensors_are_the_kept_ones_bit_for_bit(name, pipelines, shipped):
     kept = torch.load(pipelines[name].weights_path, weights_only=True)["state"]
     found = safetensors.torch.load_file(shipped[name])
     assert found.keys() == kept.keys()
-    assert {v.dtype for v in found.values()} == {torch.float16, torch.int64}
+    kinds = {torch.float16, torch.int64} if name == "dcgan" else {torch.float16}
+    assert {v.dtype for v in found.values()} == kinds
     for key, value in kept.items():
         assert found[key].dtype == value.dtype and found[key].shape == value.shape
         assert found[key].numpy().tobytes() == value.contiguous().numpy().tobytes()
@@ -183,7 +185,7 @@ def edit_record(run: Path, path: tuple[str, ...], value) -> None:
 OTHER_RECORDS = {
     "seed": (("seed",), 7),
     "model": (("model",), "dcgan"),
-    "latent_dim": (("config", "latent_dim"), 5),
+    "latent_channels": (("config", "latent_channels"), 5),
     "dataset_sha256": (("dataset", "sha256"), "0" * 64),
     "code_version": (("versions", "code"), 0),
     "seconds": (("seconds",), 1e6),  # another training with the same settings
@@ -209,7 +211,7 @@ def test_a_record_of_other_weights_is_refused(name, run, tmp_path, bad_input):
         "foreign weights": "weights.pt is no weight file",
         "broken record": "record.json is no whole record",
         "too large": "more than the 0 MB",
-        "a tensor too few": "tensor images_seen is missing, but the model's is int64 []",
+        "a tensor too few": "tensor decoder.mean.bias is missing, but the model's is float16 [3]",
     }.items(),
 )
 def test_what_cannot_be_shipped(damage, words, run, tmp_path, monkeypatch, bad_input):
@@ -226,7 +228,7 @@ def test_what_cannot_be_shipped(damage, words, run, tmp_path, monkeypatch, bad_i
         monkeypatch.setattr(checkpoints, "LARGEST", 1000)
     else:
         state = torch.load(weights, weights_only=True)
-        del state["state"]["images_seen"]
+        del state["state"]["decoder.mean.bias"]
         torch.save(state, weights)
     with bad_input(words):
         ship(run, tmp_path / "out")
@@ -390,8 +392,9 @@ BAD_FILES = {
     "unknown preset": (lambda p: change(p, {"preset": "huge"}), "no preset 'huge'"),
     "unknown setting": (lambda p: change(p, {"config": {"depth": 3}}), "no setting 'depth'"),
     "other settings": (
-        lambda p: change(p, {"config": {"channels": [8, 8, 8], "latent_dim": 5}}),
-        "tensor decoder.layers.0.weight is float16 [392, 12], but the model's is float16 [392, 13]",
+        lambda p: change(p, {"config": {**CVAE, "latent_channels": 3}}),
+        "tensor decoder.layers.0.weight is float16 [8, 10, 3, 3], but the model's is float16 "
+        "[8, 11, 3, 3]",
     ),
     "too few": (lambda p: change(p, **{FLOAT: None}), f"{FLOAT} is missing, but the model's is"),
     "too many": (

@@ -13,9 +13,16 @@ from torch.distributions import Normal, kl_divergence
 from custom_models import jpeg_vae
 from custom_models.jpeg_vae import log_likelihood
 from custom_models.layers import JPEG
-from utils import to_model_range, to_uint8
 
-TINY = dataclasses.replace(jpeg_vae.Config(), channels=(8, 8, 16), latent_dim=4, batch_size=16)
+TINY = dataclasses.replace(
+    jpeg_vae.Config(),
+    channels=(8, 8, 16),
+    latent_channels=2,
+    prior_channels=(8,),
+    prior_steps=3,
+    batch_size=16,
+    warmup_images=0,
+)
 
 
 def build(**changes) -> jpeg_vae.Model:
@@ -111,9 +118,12 @@ def log_cdf_difference(values, mean, log_scale) -> torch.Tensor:
 def with_latents(model: jpeg_vae.Model) -> jpeg_vae.Model:
     """With a posterior far from the prior, so that the KL counts."""
     with torch.no_grad():
-        model.encoder.out.bias[:4] += torch.tensor([2.0, -1.0, 3.0, 0.0])
-        model.encoder.out.bias[4:] += torch.tensor([1.0, -2.0, 0.0, -3.0])
+        model.encoder.out[-1].bias += torch.tensor([2.0, -1.0, 1.0, -2.0])
     return model
+
+
+def latents_of(n: int) -> torch.Tensor:
+    return torch.randn(n, 2, 7, 7, generator=noise(1))
 
 
 @pytest.mark.parametrize("kl_weight", [1.0, 0.3])
@@ -122,15 +132,15 @@ def test_the_loss_is_the_weighted_evidence_lower_bound(kl_weight):
     with torch.no_grad():
         mean, log_variance = model.encoder(images, F.one_hot(labels, 8).float())
         posterior = Normal(mean.double(), (0.5 * log_variance.double()).exp())
-        kl = kl_divergence(posterior, Normal(0.0, 1.0)).sum(1).mean().item()
+        kl = kl_divergence(posterior, Normal(0.0, 1.0)).sum((1, 2, 3)).mean().item()
         torch.manual_seed(5)
         latents = mean + posterior.stddev.float() * torch.randn(mean.shape)
         reconstruction = 0.0
-        for file, logistic in zip(JPEG(75, "mean").encode(images), model.decode(latents, labels)):
+        for file, logistic in zip(JPEG(75, "dct").encode(images), model.decode(latents, labels)):
             reconstruction -= log_cdf_difference(file.round(), *logistic).sum().item() / 6
     torch.manual_seed(5)
     logged = model.training_step(images, labels, model.optimizers())
-    assert logged.keys() == {"loss", "reconstruction", "kl"}
+    assert logged.keys() == {"loss", "reconstruction", "kl", "prior_loss"}
     assert kl > 5 and logged["kl"].item() == pytest.approx(kl, rel=1e-4)
     assert logged["reconstruction"].item() == pytest.approx(reconstruction, rel=1e-4)
     total = reconstruction + kl_weight * kl
@@ -149,15 +159,52 @@ def shares_of_the_kl(model: jpeg_vae.Model, steps: int) -> list[float]:
 def test_the_kl_warms_up_over_the_images_seen():
     model = with_latents(build(kl_weight=0.8, kl_warmup_images=64))
     assert shares_of_the_kl(model, 6) == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8], rel=1e-2)
-    assert model.images_seen == 6 * 16
 
 
-def test_a_resumed_model_goes_on_with_the_warm_up():
-    first = with_latents(build(kl_warmup_images=64))
-    shares_of_the_kl(first, 2)
-    second = build(kl_warmup_images=64)
-    second.load_state_dict(first.state_dict())
-    assert shares_of_the_kl(second, 1) == pytest.approx([0.75], rel=1e-2)
+def test_both_learning_rates_rise_and_fall_with_the_images_seen():
+    model = build(lr=0.1, warmup_images=32, decay_images=96)
+    optimizers, rates = model.optimizers(), []
+    for _ in range(7):
+        model.training_step(*batch(), optimizers)
+        rates.append([optimizer.param_groups[0]["lr"] for optimizer in optimizers.values()])
+    assert all(one == other for one, other in rates)
+    cosines = [(1 + math.cos(math.pi * min(1, k / 6))) / 2 for k in range(1, 8)]
+    expected = [0.1 * min(1, k / 2) * (0.02 + 0.98 * c) for k, c in enumerate(cosines, 1)]
+    assert [one for one, _ in rates] == pytest.approx(expected)
+
+
+def test_the_prior_learns_beside_the_autoencoder_and_leaves_it_as_it_is(monkeypatch):
+    states = []
+    for frozen in (False, True):
+        model, optimizers = build(), None
+        optimizers = model.optimizers()
+        if frozen:
+            monkeypatch.setattr(optimizers["prior"], "step", lambda: None)
+        before = {key: value.clone() for key, value in model.prior.state_dict().items()}
+        for step in range(3):
+            torch.manual_seed(step)
+            model.training_step(*batch(), optimizers)
+        same = [torch.equal(v, before[key]) for key, v in model.prior.state_dict().items()]
+        assert all(same) if frozen else not all(same)
+        states.append({**model.encoder.state_dict(), **model.decoder.state_dict()})
+    assert all(torch.equal(states[0][key], value) for key, value in states[1].items())
+
+
+def test_the_prior_learns_where_latents_lie(monkeypatch):
+    """Of two classes, whose latents are points: diffusion ends there, N(0, I) does not."""
+    model = build(prior_channels=(16,), prior_steps=16)
+    places = torch.tensor([[1.0, -1.0], [-0.5, 0.8]])[:, :, None, None]
+    labels = torch.arange(64) % 2
+    latents = places[labels] + 0.05 * torch.randn(64, 2, 7, 7, generator=noise())
+    adam = torch.optim.Adam(model.prior.parameters(), lr=5e-3)
+    torch.manual_seed(0)
+    for _ in range(150):
+        adam.zero_grad()
+        model.prior.loss(latents, labels).backward()
+        adam.step()
+    seen = spy(monkeypatch, model)
+    model.eval().sample(labels, noise(3))
+    assert (seen[0] - places[labels]).abs().mean() < 0.3
 
 
 def test_a_step_changes_every_weight_once_the_residual_blocks_are_open():
@@ -165,18 +212,20 @@ def test_a_step_changes_every_weight_once_the_residual_blocks_are_open():
     model, (images, labels) = build(), batch()
     optimizers = model.optimizers()
     before = {key: value.clone() for key, value in model.named_parameters()}
-    for _ in range(2):
+    for _ in range(3):
         logged = model.training_step(images, labels, optimizers)
         assert all(value.ndim == 0 and value.isfinite() for value in logged.values())
     assert torch.equal(images, batch()[0])
     for key, value in model.named_parameters():
-        assert value.isfinite().all() and not torch.equal(value, before[key]), key
+        # Latents are not augmented, and the U-Net is then told nothing.
+        told = key != "prior.unet.augmentation.weight"
+        assert value.isfinite().all() and torch.equal(value, before[key]) != told, key
 
 
 def nats_without_latents(images: torch.Tensor) -> float:
     """Nats an image when each frequency has one logistic, the best one, for all blocks."""
     total = 0.0
-    for file in JPEG(75, "mean").encode(images):
+    for file in JPEG(75, "dct").encode(images):
         values = file.round()
         mean = values.mean((0, 2, 3), keepdim=True).requires_grad_(True)
         log_scale = torch.zeros_like(mean).requires_grad_(True)
@@ -195,7 +244,7 @@ def test_it_learns_one_batch_by_heart():
     (images, _), labels = batch(8, 16), torch.zeros(8, dtype=torch.int64)
     model = build(image_size=16, lr=5e-3, kl_warmup_images=10_000)
     optimizers = model.optimizers()
-    rows = [model.training_step(images, labels, optimizers) for _ in range(80)]
+    rows = [model.training_step(images, labels, optimizers) for _ in range(200)]
     nats = sum((row["reconstruction"] + row["kl"]).item() for row in rows[-10:]) / 10
     assert nats < 0.75 * nats_without_latents(images)
     distances = torch.cdist(model.reconstruct(images, labels).flatten(1), images.flatten(1))
@@ -221,62 +270,37 @@ def test_mixed_precision_gives_nearly_the_same_loss():
 
 
 def test_at_temperature_zero_the_noise_changes_nothing(monkeypatch):
-    model, labels = build(temperature=0.0), torch.tensor([0, 3, 7])
-    latents = torch.randn(3, 4, generator=noise(1))
+    model, labels = build(temperature=0.0, learned_prior=False), torch.tensor([0, 3, 7])
+    latents = torch.randn(3, 98, generator=noise(1)).view(3, 2, 7, 7)
     with torch.no_grad():
         means = [mean.round() for mean, _ in model.decode(latents, labels)]
-    expected = JPEG(75, "mean").decode(*means, (28, 28))
+    expected = JPEG(75, "dct").decode(*means, (28, 28))
     for value in (0.0, 0.2, 1.0):
         monkeypatch.setattr(torch, "rand", lambda shape, value=value, **_: torch.full(shape, value))
         assert torch.equal(model.sample(labels, noise(1)), expected)
     monkeypatch.undo()
-    warm = build(temperature=1.0)
+    warm = build(temperature=1.0, learned_prior=False)
     assert not torch.equal(warm.sample(labels, noise(1)), expected)
     assert not torch.equal(model.sample(labels, noise(2)), expected)
 
 
-def test_the_fitted_prior_has_the_moments_of_each_class_s_latents():
-    model, (images, _) = build(latent_dim=2), batch(600)
-    labels = torch.arange(600) % 3  # five classes have no cell
-    cells = to_uint8(images)
-    model.fit_prior(cells, labels)
+def test_latents_come_from_the_learned_prior_or_stay_normal(monkeypatch):
+    plain, labels = torch.randn(16, 98, generator=noise()).view(16, 2, 7, 7), torch.arange(16) % 8
+    learned, normal = build().eval(), build(learned_prior=False).eval()
     with torch.no_grad():
-        mean, log_variance = model.encoder(to_model_range(cells), model.condition(labels))
-    for label in range(3):
-        draws = mean[labels == label] + (0.5 * log_variance[labels == label]).exp() * torch.randn(
-            400, 200, 2, generator=noise()
-        )
-        draws = draws.flatten(0, 1)
-        factor = model.prior_factor[label]
-        torch.testing.assert_close(model.prior_mean[label], draws.mean(0), atol=0.02, rtol=0)
-        torch.testing.assert_close(factor @ factor.T, draws.T.cov(), atol=0.03, rtol=0.03)
-    for label in range(3, 8):
-        assert torch.equal(model.prior_mean[label], torch.zeros(2))
-        assert torch.equal(model.prior_factor[label], torch.eye(2))
+        solved = learned.prior.solve(labels, plain, 3)
+    assert not torch.equal(solved, plain)
+    for model, expected in ((learned, solved), (normal, plain)):
+        seen = spy(monkeypatch, model)
+        model.sample(labels, noise())
+        assert torch.equal(seen[0], expected)
 
 
-def test_samples_come_from_the_prior_of_their_class(monkeypatch):
-    model, seen = build(latent_dim=2), []
-    model.prior_mean[3] = torch.tensor([5.0, -2.0])
-    model.prior_factor[3] = torch.tensor([[2.0, 0.0], [1.0, 0.5]])
-    decode = model.decode
-    monkeypatch.setattr(model, "decode", lambda z, y: seen.append(z) or decode(z, y))
-    model.sample(torch.full((4000,), 3), noise())
-    model.sample(torch.zeros(4000, dtype=torch.int64), noise())
-    expected = torch.tensor([[4.0, 2.0], [2.0, 1.25]])
-    torch.testing.assert_close(seen[0].mean(0), model.prior_mean[3], atol=0.15, rtol=0)
-    torch.testing.assert_close(seen[0].T.cov(), expected, atol=0.25, rtol=0)
-    torch.testing.assert_close(seen[1].T.cov(), torch.eye(2), atol=0.1, rtol=0)
-
-
-def test_without_the_fitted_prior_latents_stay_normal(monkeypatch):
-    model, (images, labels) = build(fitted_prior=False), batch()
-    model.fit_prior(to_uint8(images), labels)
-    assert model.prior_mean.any()
+def spy(monkeypatch, model: jpeg_vae.Model) -> list[torch.Tensor]:
+    """The latents that the model decodes from now on."""
     seen, decode = [], model.decode
     monkeypatch.setattr(model, "decode", lambda z, y: seen.append(z) or decode(z, y))
-    model.sample(labels, noise())
-    assert torch.equal(seen[0], torch.randn(len(labels), 4, generator=noise()))
+    return seen
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
@@ -306,7 +330,7 @@ def test_the_class_changes_encoder_decoder_and_samples():
     one, other = torch.tensor([0, 0]), torch.tensor([5, 5])
     means = [model.encoder(images, model.condition(labels))[0] for labels in (one, other)]
     assert not torch.allclose(*means)
-    latents = torch.randn(2, 4, generator=noise())
+    latents = latents_of(2)
     for a, b in zip(model.decode(latents, one), model.decode(latents, other), strict=True):
         assert not torch.allclose(a[1], b[1])
     assert not torch.equal(model.sample(one, noise()), model.sample(other, noise()))
@@ -314,7 +338,7 @@ def test_the_class_changes_encoder_decoder_and_samples():
 
 def test_an_image_does_not_depend_on_the_others_of_its_batch():
     model, labels = build().eval(), torch.arange(6)
-    latents = torch.randn(6, 4, generator=noise())
+    latents = latents_of(6)
     with torch.no_grad():
         together = model.decoder(latents, model.condition(labels))
         alone = model.decoder(latents[2:3], model.condition(labels[2:3]))
@@ -329,14 +353,14 @@ def test_a_reconstruction_is_stored_from_the_posterior_mean():
     with torch.no_grad():
         mean, _ = model.encoder(images, model.condition(labels))
         drawn = model.decoder(mean, model.condition(labels))[0]
-    assert torch.equal(first, JPEG(75, "mean")(drawn))
+    assert torch.equal(first, JPEG(75, "dct")(drawn))
 
 
 def test_scales_begin_where_photographs_have_them():
     """Wide for low frequencies, and narrower by about half with each next one."""
     model, labels = build(), torch.arange(8)
     with torch.no_grad():
-        ((_, luma), (_, chroma)) = model.decode(torch.zeros(8, 4), labels)
+        ((_, luma), (_, chroma)) = model.decode(torch.zeros(8, 2, 7, 7), labels)
     for log_scales, at_zero in ((luma, 10.0), (chroma[:, :64], 2.0), (chroma[:, 64:], 2.0)):
         usual = log_scales.mean((0, 2, 3)).view(8, 8)
         for row in range(3):
@@ -356,4 +380,4 @@ def test_any_size_from_eight_pixels_works(size):
 
 def test_the_tables_and_usual_scales_are_no_part_of_the_state():
     kept = build().state_dict().keys() - dict(build().named_parameters()).keys()
-    assert kept == {"images_seen", "prior_mean", "prior_factor"}
+    assert not kept

@@ -25,7 +25,7 @@ TINY = {
         "cgan": {"base_channels": 4},
     },
     "best": {
-        "cvae": {"channels": (8, 8, 16), "latent_dim": 4},
+        "cvae": {"channels": (8, 8, 16), "latent_channels": 2, "prior_channels": (8,)},
         "dcgan": {"generator_channels": (8, 8, 16), "discriminator_channels": (8, 8, 16)},
         "ddpm": {"channels": (8, 16), "blocks": 1, "sampling_steps": 4},
         "cwgan_gp": {"generator_channels": (8, 8, 16), "critic_channels": (8, 8, 16)},
@@ -382,7 +382,13 @@ def test_wrong_settings_are_bad_input(name, settings, words, bad_input):
 @pytest.mark.parametrize(
     "name, settings, words",
     [
-        ("cvae", {"latent_dim": 0}, ("latent_dim", "at least 1")),
+        ("cvae", {"latent_channels": 0}, ("latent_channels", "at least 1")),
+        ("cvae", {"prior_channels": (8, 12)}, ("prior_channels", "multiples of 8")),
+        ("cvae", {"prior_channels": (8, 8, 8)}, ("prior_channels", "one or two widths")),
+        ("cvae", {"prior_draws": 0}, ("prior_draws", "at least 1")),
+        ("cvae", {"prior_steps": 1}, ("prior_steps", "at least 2")),
+        ("cvae", {"decay_images": 0}, ("decay_images", "at least 1")),
+        ("cvae", {"warmup_images": -1}, ("warmup_images", "at least 0")),
         ("cvae", {"channels": (8, 16)}, ("channels", "three widths")),
         ("cvae", {"image_channels": 1}, ("image_channels", "colours")),
         ("cvae", {"image_size": 7}, ("image_size", "at least 8")),
