@@ -285,9 +285,10 @@ class GenerativePipeline:
         )
 
     def _validate(self, epoch: int) -> None:
-        """Every `validation_epochs`, keep the weights if their validation KID is the lowest yet."""
-        every = self.config.validation_epochs
-        if not every or (epoch + 1) % every:
+        """Every `validation_epochs`, and at the end, keep the weights if their validation KID is the
+        lowest yet."""
+        every, last = self.config.validation_epochs, epoch + 1 == self.config.epochs
+        if not every or ((epoch + 1) % every and not last):
             return
         val = self.sets["val"]
         extractor = self.extractor()
