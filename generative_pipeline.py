@@ -285,8 +285,7 @@ class GenerativePipeline:
         )
 
     def _validate(self, epoch: int) -> None:
-        """Every `validation_epochs`, and at the end, keep the weights if their validation KID is the
-        lowest yet."""
+        """Every `validation_epochs`, and at the end, keep the weights if their KID is the lowest."""
         every, last = self.config.validation_epochs, epoch + 1 == self.config.epochs
         if not every or ((epoch + 1) % every and not last):
             return

@@ -75,6 +75,8 @@ BEST = (
     Ablation("temperature 1", "cvae", "best", {"temperature": 1.0}, "draws as the model says"),
     Ablation("temperature 0", "cvae", "best", {"temperature": 0.0}, "means, without a texture"),
     Ablation("no warm-up", "cvae", "best", {"kl_warmup_images": 0}, "whole KL from the start"),
+    Ablation("one draw", "cvae", "best", {"prior_draws": 1}, "the prior sees each image once"),
+    Ablation("constant rate", "cvae", "best", {"decay_images": 10**9}, "the rate does not fall"),
     Ablation("no EMA", "cvae", "best", LAST_WEIGHTS, "the last weights, not their mean"),
     Ablation("best", "dcgan", "best"),
     Ablation("no JPEG", "dcgan", "best", {"jpeg_quality": 0}, "images as they are drawn"),

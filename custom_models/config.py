@@ -26,7 +26,7 @@ class ModelConfig:
     # At first (1 + n) / (10 + n) after n updates, which reaches 0.999 only after 8,990.
     ema_decay: float = 0.0  # share of the past in the running mean of the weights; 0: no mean
     flips_and_turns: bool = False  # show each image in one of its eight flips and turns, at random
-    validation_epochs: int = 0  # epochs between validation KIDs; 0: the last step is kept
+    validation_epochs: int = 0  # epochs between validation KIDs, but the last has one; 0: none
     # Settings that came after the first kept runs, with the values that those runs stand for.
     LATER: ClassVar[dict] = {}
     # Settings that sampling alone reads: a finished training may be sampled by others.

@@ -19,7 +19,7 @@ from custom_models.jpeg_vae import logistic_noise
 from evaluation.copies import inverse_turn, nearest_over_turns, turned
 from utils import ImageSet, InputError, data_folder, load_dataset, to_uint8
 
-SAMPLES = 512  # that directions are fitted to
+SAMPLES = 1024  # that directions are fitted to: some five for each of the CVAE's latents
 
 
 def is_diffusion(model: nn.Module) -> bool:
@@ -30,8 +30,9 @@ def is_diffusion(model: nn.Module) -> bool:
 def draw_noise(model: nn.Module, labels: Tensor, seed: int) -> Tensor:
     """The noise behind the images of `drawing.sample`, float32 [N, D], for at most 128 labels.
 
-    A GAN's and the CVAE's begins with the latents, `config.latent_dim` of them, N(0, I); what
-    follows for the CVAE's `best` preset is the logistic noise of the coefficients that it draws.
+    A GAN's and the CVAE's begins with the latents, `config.latent_dim` of them, N(0, I); in the
+    CVAE's `best` preset these are the noise of which its prior makes latents, and what follows is
+    the logistic noise of the coefficients that it draws.
     A diffusion model's is x_T, N(0, I), D = C · S · S.
     """
     if len(labels) > SAMPLE_BATCH:
@@ -94,7 +95,7 @@ def directions(model: nn.Module, label: int, count: int) -> Tensor:
     """Directions of the latents that change the images of a class most: float32 [count, dim].
 
     Orthonormal; the first changes most. They are the leading left singular vectors of the pixels'
-    linear regression on the latents, over 512 samples. For normal latents its slopes are the mean
+    linear regression on the latents, over 1,024 samples. For normal latents its slopes are the mean
     Jacobian of the generator (Stein's lemma). Forwards along a direction, images get brighter.
     """
     latents, images = [], []

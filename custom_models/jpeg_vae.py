@@ -13,7 +13,8 @@ The latents of real cells never fill N(0, I): they tell too much of each cell, a
 N(0, I) decodes to a cell of no class. So p(z | class) is learned, too, by diffusion over the
 latents, as in Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models",
 here by `edm` and beside the autoencoder, of whose loss it is no part. For its network the latents
-are a small image, one column for every 4 × 4 pixels.
+are a small image, one column for every 4 × 4 pixels. The bound remains that of a model that draws
+from N(0, I).
 """
 
 from collections.abc import Callable
@@ -45,7 +46,7 @@ class Config(ModelConfig):
     jpeg_chroma: str = "dct"  # how JPEG halves colours: mean, or dct as BloodMNIST's own
     JPEG_ELSEWHERE: ClassVar[int] = 95  # jpeg_quality for data that was not stored as JPEG
     SAMPLING: ClassVar[tuple] = ("learned_prior", "prior_steps", "temperature")
-    lr: float = 1e-3  # largest step size of Adam, for both
+    lr: float = 1e-3  # largest step size of Adam, of the autoencoder and of the prior
     warmup_images: int = 10_000  # images over which the learning rate rises from 0 to lr
     decay_images: int = 143_500  # images over which lr falls to a fiftieth, by a cosine
     # An image costs a core hardly more in a batch of 16 than of 64, for four times the updates.
@@ -63,9 +64,10 @@ class Config(ModelConfig):
         self.require(self.kl_weight >= 0, "kl_weight", "at least 0")
         self.require(self.kl_warmup_images >= 0, "kl_warmup_images", "at least 0")
         self.require(
-            len(self.prior_channels) <= 2 and all(c % 8 == 0 for c in self.prior_channels),
+            1 <= len(self.prior_channels) <= 2
+            and all(c > 0 and c % 8 == 0 == c % edm.heads(c) for c in self.prior_channels),
             "prior_channels",
-            "one or two widths, multiples of 8",
+            "one or two widths, multiples of 8 and of their attention heads, one for every 64",
         )
         self.require(self.prior_draws >= 1, "prior_draws", "at least 1")
         self.require(self.prior_steps >= 2, "prior_steps", "at least 2")
@@ -96,11 +98,17 @@ class Config(ModelConfig):
             n_classes=self.n_classes,
             channels=self.prior_channels,
             blocks=1,
+            attention_from=1,
+            dropout=0.1,
             label_dropout=0.0,
             sigma_data=1.0,
             p_mean=-0.5,  # the paper's -1.2 is for images of half the spread
             p_std=1.3,
+            sampler="dpm_solver_2m",
             sigma_min=0.01,
+            sigma_max=80.0,
+            rho=7.0,
+            guidance_scale=1.0,
         )
 
 

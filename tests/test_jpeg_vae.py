@@ -190,6 +190,44 @@ def test_the_prior_learns_beside_the_autoencoder_and_leaves_it_as_it_is(monkeypa
     assert all(torch.equal(states[0][key], value) for key, value in states[1].items())
 
 
+def test_the_prior_sees_several_draws_of_each_image_with_its_own_class(monkeypatch):
+    model, (images, _), labels = build(prior_draws=3), batch(4), torch.tensor([5, 0, 7, 2])
+    # Latents that tell which image they are of, and hardly differ between its draws.
+    mean = torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None, None, None].expand(-1, 2, 7, 7)
+    posterior = mean.clone().requires_grad_(), torch.full_like(mean, -10.0).requires_grad_()
+    monkeypatch.setattr(model.encoder, "forward", lambda images, condition: posterior)
+    seen, loss = [], model.prior.loss
+
+    def look(latents, labels):
+        seen.append((latents, labels))
+        return loss(latents, labels)
+
+    monkeypatch.setattr(model.prior, "loss", look)
+    model.training_step(images, labels, model.optimizers())
+    ((latents, told),) = seen
+    assert latents.shape == (12, 2, 7, 7) and not latents.requires_grad
+    assert torch.unique(latents).numel() > 1000  # no draw is another's copy
+    of = latents.mean((1, 2, 3)).round().long() - 1
+    assert of.bincount().tolist() == [3] * 4 and torch.equal(told, labels[of])
+
+
+def test_the_prior_is_the_one_that_the_preset_was_measured_with():
+    """Settings of `edm` that the CVAE has no name for stay as they are when `edm`'s change."""
+    prior = jpeg_vae.Config().prior
+    assert (prior.image_size, prior.image_channels, prior.channels) == (7, 4, (64, 96))
+    assert (prior.blocks, prior.attention_from) == (1, 1)
+    assert (prior.dropout, prior.label_dropout) == (0.1, 0.0)
+    assert (prior.sigma_data, prior.p_mean, prior.p_std) == (1.0, -0.5, 1.3)
+    assert (prior.sampler, prior.guidance_scale) == ("dpm_solver_2m", 1.0)
+    assert (prior.sigma_min, prior.sigma_max, prior.rho) == (0.01, 80.0, 7.0)
+
+
+def test_compiling_it_compiles_the_network_of_the_prior():
+    model = build()
+    model.prior.compile()
+    assert model.prior.unet._compiled_call_impl is not None
+
+
 def test_the_prior_learns_where_latents_lie(monkeypatch):
     """Of two classes, whose latents are points: diffusion ends there, N(0, I) does not."""
     model = build(prior_channels=(16,), prior_steps=16)

@@ -1267,7 +1267,6 @@ def test_images_with_an_up_are_not_turned(data, make):
 
 def test_settings_that_came_later_leave_the_identity_of_earlier_runs_as_it_was(make):
     for model, preset, name, earlier, other in (
-        ("cvae", "best", "jpeg_chroma", "mean", "dct"),
         ("ddpm", "baseline", "decay_images", 0, 1000),
         ("cwgan_gp", "baseline", "patch_scores", False, True),
         ("cwgan_gp", "baseline", "even_classes", False, True),
@@ -1278,10 +1277,9 @@ def test_settings_that_came_later_leave_the_identity_of_earlier_runs_as_it_was(m
         assert before._identity()[name] == earlier and name not in before._named()
 
 
-@pytest.mark.parametrize("model", ["cvae", "dcgan"])
-def test_files_from_before_a_setting_came_are_still_the_run_s(make, model, bad_input):
+def test_files_from_before_a_setting_came_are_still_the_run_s(make, bad_input):
     """Whatever value of it the preset has by now."""
-    pipeline = make(model, preset="best", jpeg_chroma="mean")
+    pipeline = make("dcgan", preset="best", jpeg_chroma="mean")
     pipeline.train()
     record = pipeline.evaluate()
     state = torch.load(pipeline.weights_path, weights_only=True)
@@ -1290,12 +1288,12 @@ def test_files_from_before_a_setting_came_are_still_the_run_s(make, model, bad_i
     text = json.dumps(record)
     pipeline.record_path.write_text(text)
     pipeline.checkpoint_path.unlink()
-    again = make(model, preset="best", jpeg_chroma="mean")
+    again = make("dcgan", preset="best", jpeg_chroma="mean")
     again.train()
     assert again.evaluate() == json.loads(text)
     assert load_model(pipeline.weights_path)[0].config.jpeg_chroma == "mean"
     with bad_input("jpeg_chroma ('mean' there, 'dct' here)"):
-        make(model, preset="best", jpeg_chroma="dct").check_folder()
+        make("dcgan", preset="best", jpeg_chroma="dct").check_folder()
 
 
 @pytest.mark.parametrize("model", ["cvae", "dcgan", "ddpm", "cwgan_gp"])
@@ -1356,15 +1354,18 @@ def test_what_changes_a_training_or_is_half_done_is_another_run(make, monkeypatc
         make("ddpm", **settings, sampler="heun").train()
 
 
-@pytest.mark.parametrize("preset", ["quick", "best"])
-def test_the_settings_of_sampling_do_nothing_to_the_training(make, preset):
+@pytest.mark.parametrize(
+    ("model", "preset"), [("ddpm", "quick"), ("ddpm", "best"), ("cvae", "best")]
+)
+def test_the_settings_of_sampling_do_nothing_to_the_training(make, model, preset):
     """Without a validation, which may choose another step."""
     changes = {"sampler": "ddim", "sampling_steps": 3, "variance": "posterior"}
     changes |= {"sigma_min": 0.1, "sigma_max": 9.0, "rho": 3.0, "guidance_scale": 2.0}
     changes |= {"jpeg_quality": 75, "jpeg_chroma": "mean"}
-    plain = make("ddpm", out="plain", preset=preset, validation_epochs=0)
+    changes |= {"learned_prior": False, "prior_steps": 2, "temperature": 1.0}
+    plain = make(model, out="plain", preset=preset, validation_epochs=0)
     changes = {name: changes[name] for name in plain.config.SAMPLING}
-    other = make("ddpm", out="other", preset=preset, **{**changes, "validation_epochs": 0})
+    other = make(model, out="other", preset=preset, **{**changes, "validation_epochs": 0})
     plain.train(), other.train()
     assert not differences(plain.model.state_dict(), other.model.state_dict())
 
