@@ -285,7 +285,7 @@ class GenerativePipeline:
         )
 
     def _validate(self, epoch: int) -> None:
-        """Every `validation_epochs`, and at the end, keep the weights if their KID is the lowest."""
+        """Every `validation_epochs`, and at the end, keep the weights if no KID was lower yet."""
         every, last = self.config.validation_epochs, epoch + 1 == self.config.epochs
         if not every or ((epoch + 1) % every and not last):
             return

@@ -379,7 +379,7 @@ def test_only_diffusion_draws_in_bfloat16(name, dtype, make, monkeypatch):
     def note(layer, inputs, output):
         seen.add(output.dtype)
 
-    model = pipeline._ready_to_sample(pipeline.model)
+    model = pipeline._ready_to_sample()
     for layer in model.modules():
         if isinstance(layer, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
             layer.register_forward_hook(note)
