@@ -202,7 +202,7 @@ def loss_curves(history: list[dict]) -> Figure:
     epochs = [row["epoch"] for row in history]
     names = list(dict.fromkeys(name for row in history for name in row))
     names.remove("epoch")
-    groups = [[name for name in names if _kind(name) == kind] for kind in range(4)]
+    groups = [[name for name in names if _kind(name) == kind] for kind in range(5)]
     groups = [group for group in groups if group]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.6 * len(groups), 2.6), layout="constrained")
@@ -222,8 +222,11 @@ def loss_curves(history: list[dict]) -> Figure:
 
 
 def _kind(name: str) -> int:
-    """Losses, discriminator outputs, the rest and the kernel distance don't share an axis."""
+    """Losses, discriminator outputs, the rest, the CVAE's prior, whose loss is a thousandth of the
+    others', and the kernel distance don't share an axis."""
     if name == "validation_kid":
+        return 4
+    if name == "prior_loss":
         return 3
     return 0 if "loss" in name or name == "reconstruction" else 1 if name.startswith("D(") else 2
 

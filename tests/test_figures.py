@@ -213,3 +213,10 @@ def test_progress_grids_of_kept_runs_are_read():
 def test_a_folder_without_grids_is_told(tmp_path, bad_input):
     with bad_input("holds no grid", "train anew"):
         figures.progress_grids(tmp_path)
+
+
+def test_losses_of_another_size_have_a_panel_of_their_own():
+    logged = {"loss": 900.0, "reconstruction": 700.0, "kl": 200.0, "prior_loss": 0.9}
+    figure = figures.loss_curves([{"epoch": 1, **logged}, {"epoch": 2, **logged}])
+    panels = [[line.get_label() for line in axis.get_lines()] for axis in figure.axes]
+    assert panels == [["loss", "reconstruction"], ["kl"], ["prior loss"]]
