@@ -136,7 +136,7 @@ SMALL = replace(
 
 # The same for PBC at 64 pixels, in patches of 2 × 2, which leaves 32 × 32 places for the network;
 # 1,274,028 parameters. The same noise hides less of a larger image, hence the larger p_mean; both
-# after Hoogeboom, Heek and Salimans 2023, "Simple Diffusion" (sections 3.1 and 3.2).
+# after Hoogeboom, Heek and Salimans 2023, "Simple Diffusion" (sections 3.1 and 3.3).
 SMALL_64 = replace(
     SMALL,
     image_size=64,
