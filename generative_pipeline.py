@@ -35,6 +35,7 @@ from evaluation import features, figures, judge, kid, per_class, protocol
 from evaluation.copies import Suspects
 from evaluation.neighbours import k_nearest
 from utils import (
+    SPLITS,
     UPRIGHT,
     ImageSet,
     InputError,
@@ -62,6 +63,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 CHECKPOINT_FORMAT = 2
 WEIGHTS_FORMAT = 1
 SAVED_SAMPLES = 64
+SETS = (*SPLITS, "held_out")
 # They decide which weights of a training are kept, and leave the training itself as it is.
 KEEPING = ("ema_decay", "validation_epochs")
 HELD_OUT = 10  # images: the search for copies compares two halves of them
@@ -120,7 +122,7 @@ class GenerativePipeline:
         self.extractor_name, self._extractor = extractor, None
         self.sets = sets or {
             split: load_dataset(dataset, data_root, self.config.image_size, split)
-            for split in ("train", "val", "test", "held_out")
+            for split in SETS
         }
         train, size = self.sets["train"], self.config.image_size
         if train.images.shape[2:] != (size, size):
@@ -642,6 +644,7 @@ class GenerativePipeline:
         train split. Returns the record; a finished one is read, not measured again. Raises
         InputError for a record of another training than the one that is loaded.
         """
+        self._require_splits()
         record = self.finished_record()
         if record:
             wrong = differences(record, self.training or {}, self.training or ())
@@ -664,6 +667,14 @@ class GenerativePipeline:
         text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
         write_text(self.record_path, text)
         return record
+
+    def _require_splits(self) -> None:
+        missing = [split for split in SETS if split not in self.sets]
+        if missing:
+            raise InputError(
+                f"measuring takes the splits {', '.join(SETS)}, and `sets` lacks "
+                f"{', '.join(missing)}; add them, or let the pipeline load its data set"
+            )
 
     def _require_trained(self) -> None:
         if self.training is None:
@@ -701,6 +712,7 @@ class GenerativePipeline:
         """
         if not self.model.conditional:
             raise InputError(f"{self.name} can't be asked for a class; evaluate() measures it")
+        self._require_splits()
         path = self.out / "per_class.json"
         key = {
             "weights_key": self.weights_key(),
@@ -745,6 +757,7 @@ class GenerativePipeline:
             raise InputError(
                 f"{self.name} {self.preset} has no samplers to choose from; ddpm's best has"
             )
+        self._require_splits()
         val, extractor, path = self.sets["val"], self.extractor(), self.out / "sampling.json"
         chosen = [self._sampling_settings(settings) for settings in ({}, *variants)]
         study = {

@@ -1212,6 +1212,8 @@ def test_splits_of_ones_own_take_the_place_of_a_named_data_set(make, bad_input):
     assert pipeline.steps_per_epoch == 80 // 32 and pipeline.dataset_sha256 == half.sha256()
     pipeline.train()
     assert pipeline.sample(torch.arange(8)).shape == (8, 3, 28, 28)
+    with bad_input("splits", "val, test, held_out", "add them"):
+        pipeline.evaluate()
     with bad_input("half", "28", "32", "image_size"):
         make(out="wrong", sets={"train": half}, image_size=32)
 
