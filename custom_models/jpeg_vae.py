@@ -96,7 +96,6 @@ class Config(ModelConfig):
             image_size=self.latent_side,
             image_channels=self.latent_channels,
             n_classes=self.n_classes,
-            patch=1,
             channels=self.prior_channels,
             blocks=1,
             attention_from=1,
