@@ -51,7 +51,6 @@ PRESETS = {
     "best": edm.Config(),
     "best_64": edm.BEST_64,
     "best_small": edm.SMALL,
-    "best_64_small": edm.SMALL_64,
     # A U-Net of half a million parameters for a CPU core: a reduced budget, not a result. There an
     # image costs little more in a batch of 16 than in one of 128, for eight times the updates.
     "small": replace(

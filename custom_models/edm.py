@@ -128,19 +128,6 @@ SMALL = replace(
     sampling_steps=32,
 )
 
-# The same for PBC at 64 pixels, with a thin level for the larger image; 1,098,755 parameters.
-SMALL_64 = replace(
-    SMALL,
-    image_size=64,
-    channels=(16, 48, 64, 96),
-    attention_from=3,
-    decay_images=119_000,
-    epochs=10,
-    validation_epochs=2,
-    sampler="dpm_solver_2m",
-    sampling_steps=16,
-)
-
 
 def sampling_variants(config: Config) -> list[dict]:
     """What quality is measured against, with one set of weights: steps, guidance, and JPEG."""

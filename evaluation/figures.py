@@ -548,7 +548,7 @@ def quality_and_cost(records: list[dict], names: dict[str, str]) -> Figure:
                 axis.plot(
                     [r[cost] for r in group],
                     [r["metrics"]["frechet_distance"] for r in group],
-                    "s" if preset.endswith("_small") else "^" if preset == "small" else "o",
+                    {"best_small": "s", "small": "^"}.get(preset, "o"),
                     color=colour,
                     fillstyle="full" if preset.startswith("best") else "none",
                     label=_run_title(group[0], names),

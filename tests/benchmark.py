@@ -38,7 +38,6 @@ LARGE = (
     ("cwgan_gp", "baseline", {"image_size": 64}),
     ("cwgan_gp", "best", {"image_size": 64, "jpeg_quality": 0}),
     ("ddpm", "best_64", {"image_size": 64}),
-    ("ddpm", "best_64_small", {"image_size": 64}),
     ("cwgan_gp", "baseline", {"image_size": 128}),
     ("cwgan_gp", "best", {"image_size": 128, "jpeg_quality": 0}),
 )

@@ -132,9 +132,9 @@ def test_noise_levels_in_training_are_log_normal(monkeypatch):
 
 
 def test_presets_have_the_sizes_that_are_written_beside_them():
-    configs = edm.Config(), edm.BEST_64, edm.SMALL, edm.SMALL_64
+    configs = edm.Config(), edm.BEST_64, edm.SMALL
     sizes = [sum(p.numel() for p in config.build().parameters()) for config in configs]
-    assert sizes == [11_883_843, 11_451_299, 1_096_771, 1_098_755] and max(sizes) < 12_000_000
+    assert sizes == [11_883_843, 11_451_299, 1_096_771] and max(sizes) < 12_000_000
 
 
 @pytest.mark.parametrize("size", [4, 7, 30])
@@ -154,16 +154,6 @@ def test_at_64_pixels_attention_is_at_16_and_8_alone():
     assert sides == {(16, 16), (8, 8)}
     changed = {"image_size": 64, "channels": (64, 96, 192, 192), "attention_from": 2}
     assert make_config("ddpm", "best_64") == make_config("ddpm", "best", **changed)
-
-
-def test_the_stand_in_for_64_pixels_learns_and_draws_at_that_size():
-    config = dataclasses.replace(make_config("ddpm", "best_64_small"), sampling_steps=2)
-    torch.manual_seed(0)
-    model, (images, labels) = config.build(), batch(2, 64)
-    logged = model.training_step(images, labels[:2], model.optimizers())
-    assert logged["loss"].isfinite()
-    assert model.sample(labels[:2], noise()).shape == (2, 3, 64, 64)
-    assert config.decay_images < config.epochs * 11_959 < 1.01 * config.decay_images  # PBC's
 
 
 def test_the_network_is_told_noise_class_and_augmentation():
