@@ -201,12 +201,12 @@ def test_the_readmes_words_have_the_numbers_of_the_records():
         )
         assert any(sentence in words for sentence in sentences)
     runs = [r for r in RECORDS[RESULTS] if (r["model"], r["preset"]) == ("cwgan_gp", "best")]
-    assert len(runs) == 4 and "the cWGAN-GP's `baseline` once and its `best` over four," in words
+    assert len(runs) == 5 and "the cWGAN-GP's `baseline` once and its `best` over five," in words
     (row,) = tables.results_table(runs)
-    assert f"the next at {row['frechet_mean']:.0f} (cWGAN-GP, four trainings of nearly two" in words
+    assert f"the next at {row['frechet_mean']:.0f} (cWGAN-GP, five trainings of nearly two" in words
     assert all(1.3 < r["seconds"] / 3600 < 2.1 for r in runs)
     *most, last = (f"{r['metrics']['frechet_distance']:.0f}" for r in runs)
-    assert f"the cWGAN-GP's four at {', '.join(most)} and {last}." in words
+    assert f"the cWGAN-GP's five at {', '.join(most)} and {last}." in words
     runs = [r for r in RECORDS[RESULTS] if (r["model"], r["preset"]) == ("cvae", "best")]
     _, row = tables.results_table(runs, tables.floor_of(runs))
     assert f"**The CVAE's `best`** lies at {row['frechet_mean']:.0f}, about as near" in words
@@ -430,7 +430,7 @@ def test_the_readmes_words_on_usefulness_have_the_numbers_of_the_records():
         f"with a balanced accuracy of {mean['ddpm', 'best']}; one of as many real cells, on the "
         f"same GPU, with {on_gpu:.3f}.",
         f"`best_small` gives {mean['ddpm', 'best_small']} ± {sd['ddpm', 'best_small']} (three",
-        f"`best`, about as near as that one, gives {mean['cwgan_gp', 'best']} (four trainings),",
+        f"`best`, about as near as that one, gives {mean['cwgan_gp', 'best']} (five trainings),",
         "its `baseline`, at eighteen times the distance, "
         f"{mean['cwgan_gp', 'baseline']} (one), and",
         f"CVAE's `best` {mean['cvae', 'best']} ({NUMBERS[int(rows['cvae', 'best']['seeds'])]})",
