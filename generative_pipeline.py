@@ -270,9 +270,11 @@ class GenerativePipeline:
         row = {name: (total / self.steps_per_epoch).item() for name, total in sums.items()}
         self.seconds += time.monotonic() - start
         if not all(np.isfinite(list(row.values()))):
+            # Seen: a compiled layer in bfloat16 whose gradient was infinite, on one kind of CPU.
+            way_out = ", or train without compile" if self.compile else ""
             raise InputError(
                 f"{self.name} {self.preset} seed {self.seed} diverged in epoch {epoch + 1}: "
-                f"{row}; lower the learning rate"
+                f"{row}; lower the learning rate{way_out}"
             )
         return {"epoch": epoch + 1, **row}
 

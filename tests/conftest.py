@@ -67,7 +67,7 @@ def bad_input():
     @contextlib.contextmanager
     def expect(*words: str):
         with pytest.raises(InputError) as caught:
-            yield
+            yield caught
         sentence = str(caught.value)
         assert sentence.strip() and "\n" not in sentence, sentence
         for word in words:

@@ -610,9 +610,13 @@ def test_too_few_images_for_one_step_is_bad_input(make, bad_input, tmp_path):
 
 def test_a_loss_that_is_not_finite_ends_the_training(make, bad_input):
     pipeline = make(lr=1e6)
-    with bad_input("cvae quick seed 0", "diverged in epoch", "learning rate"):
+    with bad_input("cvae quick seed 0", "diverged in epoch", "learning rate") as told:
         pipeline.train()
-    assert not pipeline.checkpoint_path.exists()
+    assert not pipeline.checkpoint_path.exists() and "compile" not in str(told.value)
+    pipeline = make(lr=1e6)
+    pipeline.compile = True  # as if its networks were
+    with bad_input("diverged in epoch", "lower the learning rate, or train without compile"):
+        pipeline.train()
 
 
 def test_evaluating_an_unfinished_training_is_bad_input(make, bad_input):
