@@ -496,7 +496,7 @@ def test_the_table_of_a_grid_is_that_of_its_records_and_readme_has_its_numbers(g
         assert (tmp_path / name).read_text() == (grid / name).read_text(), name
     words = words_of_the_pages()
     found = {r["ablation"]: r for r in rows if r["model"] == "cvae" and r["seeds"] >= 3}
-    assert set(found) == {"best", "normal prior", "temperature 1", "temperature 0"}
+    assert set(found) == {"best", "normal prior", "temperature 1", "temperature 0", "no EMA"}
     value = {name: f"{row['frechet_mean']:,.0f}" for name, row in found.items()}
     changed = [row for name, row in found.items() if name != "best"]
     (own,) = {f"{row['frechet_mean'] - row['difference']:.0f}" for row in changed}  # same seeds
@@ -507,6 +507,8 @@ def test_the_table_of_a_grid_is_that_of_its_records_and_readme_has_its_numbers(g
     means = {m: f"{r['frechet_mean']:.0f}" for m, r in last.items()}
     kept = {m: f"{r['frechet_mean'] - r['difference']:.0f}" for m, r in last.items()}
     assert f"the DCGAN's `best` lies at {means['dcgan']} instead of {kept['dcgan']}," in words
-    assert f"the cWGAN-GP's at {means['cwgan_gp']} instead of {kept['cwgan_gp']}." in words
+    assert f"the cWGAN-GP's at {means['cwgan_gp']} instead of {kept['cwgan_gp']};" in words
+    sentence = f"to a fiftieth, at {means['cvae']} instead of {kept['cvae']}, so that there"
+    assert sentence in words and last["cvae"]["difference"] < 0
     measured = [row for row in rows if row["settings"] != "{}" and row["seeds"] == 3]
-    assert len(measured) == 5 and "Five rows of the [table of ablations]" in words
+    assert len(measured) == 6 and "Six rows of the [table of ablations]" in words
