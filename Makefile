@@ -89,6 +89,7 @@ paper: $(INSTALLED)
 
 benchmark: $(INSTALLED)
 	PYTHONPATH=. $(RUN) tests/benchmark.py
+	PYTHONPATH=. $(RUN) tests/benchmark.py --large
 
 # One process for each core, four at most: each loads torch.
 test: $(INSTALLED)
