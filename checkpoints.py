@@ -48,7 +48,7 @@ from utils import (
 )
 
 # Of each model those that are finished: a stand-in draws many times as fast on a CPU.
-PRESETS, SEED = ("best", "best_64", "best_small"), 0
+PRESETS, SEED = ("best", "best_64", "best_128", "best_small"), 0
 LARGEST = 25_000_000  # bytes
 DEMO_CHECKPOINT = "results/checkpoints/ddpm-best.safetensors"
 DEMO_PER_CLASS = 250

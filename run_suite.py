@@ -844,7 +844,7 @@ def _takes_a_gpu(task: Task) -> bool:
     """Whether it trains a diffusion model at its full length."""
     # A task of a study has no preset.
     preset = task.parameters.get("preset")
-    return task.source.stem == "ddpm" and preset in ("baseline", "best", "best_64")
+    return task.source.stem == "ddpm" and preset in ("baseline", "best", "best_64", "best_128")
 
 
 def run_all(tasks: list[Task], jobs: int) -> dict[Task, str]:

@@ -50,6 +50,7 @@ PRESETS = {
     "baseline": Config(),
     "best": edm.Config(),
     "best_64": edm.BEST_64,
+    "best_128": edm.BEST_128,
     "best_small": edm.SMALL,
     # A U-Net of half a million parameters for a CPU core: a reduced budget, not a result. There an
     # image costs little more in a batch of 16 than in one of 128, for eight times the updates.

@@ -40,6 +40,7 @@ LARGE = (
     ("ddpm", "best_64", {"image_size": 64}),
     ("cwgan_gp", "baseline", {"image_size": 128}),
     ("cwgan_gp", "best", {"image_size": 128, "jpeg_quality": 0}),
+    ("ddpm", "best_128", {"image_size": 128}),
 )
 LARGE_CPU_BATCH = 8
 # Dense bfloat16 FLOP/s by the makers' data sheets.
