@@ -325,6 +325,42 @@ def test_the_readmes_words_have_the_numbers_of_the_records():
     assert sentence in words
 
 
+def test_the_words_on_larger_cells_have_the_numbers_of_the_records():
+    words, page = words_of_the_pages(), RESULTS / "pbc64"
+    runs = [r for r in RECORDS[page] if (r["model"], r["preset"]) == ("ddpm", "best_64")]
+    real = tables.floor_of(runs)
+    (row,) = tables.results_table(runs)
+    assert len(runs) == 3 and all("H200" in r["device"] for r in runs)
+    distance, floor = row["frechet_mean"], real["frechet_distance"]
+    sentence = f"diffusion's `best_64` lies at {distance:.0f} ± {row['frechet_sd']:.0f} (three"
+    assert sentence in words and f"that `best` sees), where real cells get {floor:.0f};" in words
+    first, second, third = (f"{r['metrics']['frechet_distance']:.0f}" for r in runs)
+    sentence = f"They lie at {first}, {second} and {third}, where real cells get {floor:.0f}:"
+    assert sentence in words
+    millions, seen = runs[0]["parameters"] / 1e6, runs[0]["images_seen"]
+    assert f"has {millions:.1f} million parameters and saw {seen:,} images in each" in words
+    assert all(600 < r["seconds"] < 660 for r in runs) and "for ten to eleven minutes." in words
+    best = next(r for r in RECORDS[RESULTS] if (r["model"], r["preset"]) == ("ddpm", "best"))
+    assert 2.5 < best["images_seen"] / seen < 3
+    kids = [[h["validation_kid"] for h in r["history"] if "validation_kid" in h] for r in runs]
+    means = map(statistics.mean, zip(*kids, strict=True))
+    sentence = "The mean validation KID is {:.0f}, {:.0f}, {:.0f} and {:.0f} after each quarter"
+    assert sentence.format(*means) in words
+    agreement, ceiling = row["agreement_mean"], real["agreement"]["agreement"]
+    sentence = f"asked for of {100 * agreement:.0f} cells in a hundred, of real ones of"
+    assert f"{sentence} {100 * ceiling:.0f}." in words
+    shares = row["precision_mean"], real["precision"], row["recall_mean"], real["recall"]
+    sentence = "with a precision of {:.2f} where real cells have {:.2f} and a recall of {:.2f} "
+    assert (sentence + "instead of {:.2f}, more").format(*shares) in words
+    assert row["copies_verdict"] == "no sign of copies"
+    on_gpu = ["H200" in r["measured"]["device"] for r in runs]
+    assert on_gpu == [True, False, False]
+    assert all(r["measured"]["precision"] == "bfloat16" for r in runs)
+    (stand_in,) = [r for r in RECORDS[page] if r["preset"] == "best_small"]
+    distance = stand_in["metrics"]["frechet_distance"]
+    assert f"in no comparison: it lies at a distance of {distance:.0f}, and was still" in words
+
+
 def study_rows(name: str) -> dict[tuple[str, str, str], dict]:
     with open(RESULTS / "augmentation" / f"{name}.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
