@@ -102,9 +102,9 @@ class Config(ModelConfig):
         return Model(self)
 
 
-# For PBC at 64 pixels: a fourth level, half as wide, and attention at the two lowest resolutions
-# alone; 11,418,275 parameters, 3.93 GFLOP a forward pass. It sees a third of the images that `best`
-# does, in batches of half the size.
+# For PBC at 64 pixels: one more level, of half the width, at the image's own size, and attention
+# at the two lowest resolutions alone; 11,418,275 parameters, 3.93 GFLOP a forward pass. It sees
+# a third of the images that `best` does, in batches of half the size.
 BEST_64 = replace(
     Config(),
     image_size=64,

@@ -154,7 +154,7 @@ def test_at_larger_sizes_attention_is_at_16_and_8_alone(size):
     model.loss(images, labels, torch.zeros(1, 6)).backward()
     assert sides == {(16, 16), (8, 8)}
     config = make_config("ddpm", f"best_{size}")
-    # The rate has fallen as far as it will when the last epoch of BloodMNIST's cells ends.
+    # The rate has fallen as far as it will when the last epoch of PBC's cells ends.
     assert config.decay_images == config.epochs * 11_959
 
 

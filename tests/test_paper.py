@@ -155,8 +155,10 @@ def test_new_rows_appear(copy):
         (folder / f"seed{seed}" / "record.json").write_text(record)
     text = words(copy)
     assert "45.7 ± 1.3 (three trainings)" in text
-    # A page may end within a sentence, and a table stand between its halves.
-    assert re.search(r"For the cWGAN-GP best (.+ )?it is: copies \(3\)\.", text)
+    # A page may end within the sentence, and a table or figure stand between its halves.
+    between = r"((Table|Figure) \d+\. .+ )?"
+    assert re.search(rf"For the cWGAN-GP best {between}it is: copies \(3\)\.", text)
+    assert text.count(" it is: copies (3).") == 1 and "eight of the nine presets" in text
     assert "the critic is a projection" in text and "follows EDM" in text
 
 

@@ -348,7 +348,12 @@ def test_the_words_on_larger_cells_have_the_numbers_of_the_records():
     assert sentence.format(*means) in words
     agreement, ceiling = row["agreement_mean"], real["agreement"]["agreement"]
     sentence = f"asked for of {100 * agreement:.0f} cells in a hundred, of real ones of"
-    assert f"{sentence} {100 * ceiling:.0f}." in words
+    assert f"{sentence} {100 * ceiling:.0f}; lymphocytes are the weak class, with" in words
+    found = [r["metrics"]["agreement"]["per_class"] for r in runs]
+    each = {kind: statistics.mean(f[kind]["agreement"] for f in found) for kind in found[0]}
+    of_real = real["agreement"]["per_class"]["lymphocyte"]["agreement"]
+    assert min(each, key=each.get) == "lymphocyte"
+    assert f"with {100 * each['lymphocyte']:.0f} instead of {100 * of_real:.0f}." in words
     shares = row["precision_mean"], real["precision"], row["recall_mean"], real["recall"]
     sentence = "with a precision of {:.2f} where real cells have {:.2f} and a recall of {:.2f} "
     assert (sentence + "instead of {:.2f}, more").format(*shares) in words
