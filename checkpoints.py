@@ -50,6 +50,7 @@ from utils import (
 # Of each model those that are finished: a stand-in draws many times as fast on a CPU.
 PRESETS, SEED = ("best", "best_64", "best_128", "best_small"), 0
 LARGEST = 25_000_000  # bytes
+LARGE = 32  # pixels: of larger images a grid shows fewer
 DEMO_CHECKPOINT = "results/checkpoints/ddpm-best.safetensors"
 DEMO_PER_CLASS = 250
 DEMO_SPLITS = {"train": 1400, "val": 200, "test": 400}  # cells
@@ -290,15 +291,18 @@ is no proof that there are none: a few can go unseen.
 
 
 def grid(model: nn.Module, about: dict, seed: int) -> Figure:
-    """Eight images of each class, a row a class; as many without classes from a model without.
+    """Eight images of each class, four of large ones, a row a class; from a model without classes
+    as many.
 
     model, about: as `load_shipped` returns them.
     """
     classes = about["classes"]
-    images = sample(model, class_balanced_labels(len(classes), figures.PER_CLASS), seed)
+    # All grids together are to take no more than a minute on two cores.
+    columns = figures.PER_CLASS if about["image_size"] <= LARGE else figures.PER_CLASS // 2
+    images = sample(model, class_balanced_labels(len(classes), columns), seed)
     title = f"{about['model']} {about['preset']}, seed {seed}"
     names = classes if model.conditional else ()
-    return figures.comparison({title: images}, len(classes), figures.PER_CLASS, names)
+    return figures.comparison({title: images}, len(classes), columns, names)
 
 
 def draw(path: str | Path, out: str | Path, seed: int = SEED) -> None:

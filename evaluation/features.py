@@ -19,14 +19,10 @@ INCEPTION_URL = (
     "pt_inception-2015-12-05-6726825d.pth"
 )
 INCEPTION_SHA256_PREFIX = "6726825d"  # the publisher's own, at the end of the file's name
-LABELS = {"googlenet-1024": "GoogLeNet-1024"}
+GOOGLENET_1024 = "0b7f4736f7293ca46d4fd63fd57871af4dc51f904da6d1945f39089587e10dc3"
 # Files of other bytes whose features are the same to the last bit: what make_googlenet_extractor
 # writes (with torch 2.15.0) counts as the file that measured the results. Tested.
-SAME_FEATURES = {
-    "f85497e8cd32e1c14a83d38bfe1c843d763c5eafc31c3bdfd792337b38d234bd": (
-        "0b7f4736f7293ca46d4fd63fd57871af4dc51f904da6d1945f39089587e10dc3"
-    )
-}
+SAME_FEATURES = {"f85497e8cd32e1c14a83d38bfe1c843d763c5eafc31c3bdfd792337b38d234bd": GOOGLENET_1024}
 
 # Measured: eight images are the fastest on a CPU, whose cache they still fit.
 CPU_BATCH, CUDA_BATCH = 8, 256
@@ -112,14 +108,16 @@ def load_extractor(spec: str | Path | None = None, device: torch.device | str = 
     if device.type == "cpu":
         module.to(memory_format=torch.channels_last)
     dim, sha256 = _probe(module, path, device), _sha256(path)
-    # A shipped file under another path is the same network, with the same limits.
+    # A known file under another path is the same network, with the same name and limits.
     spec = next((name for name, file in SHIPPED.items() if _sha256(file) == sha256), spec)
-    name, distance_name = path.stem, f"FD ({LABELS.get(path.stem, path.stem)})"
+    sha256 = SAME_FEATURES.get(sha256, sha256)
+    name, distance_name = path.stem, f"FD ({path.stem})"
     if spec == "inception":
         name, distance_name = f"inception-{dim}", "FID"
     elif spec in SHIPPED:
         name, distance_name = f"{spec}-{dim}", f"FD ({spec})"
-    sha256 = SAME_FEATURES.get(sha256, sha256)
+    elif sha256 == GOOGLENET_1024:
+        name, distance_name = "googlenet-1024", "FD (GoogLeNet-1024)"
     return Extractor(name, distance_name, sha256, dim, module, device)
 
 

@@ -17,7 +17,7 @@ import torch
 import checkpoints
 import utils
 from checkpoints import draw, grid, ship
-from custom_models import MODELS
+from custom_models import MODELS, make_config
 from custom_models.drawing import load_shipped, sample
 from evaluation import tables
 from generative_pipeline import GenerativePipeline, run_folder
@@ -443,6 +443,17 @@ def test_a_grid_has_a_row_for_each_class(name, shipped):
     for row, text in enumerate(axis.texts):
         top = 4 * (1 + 29 * row)
         assert top < text.get_position()[1] < top + 4 * 28
+
+
+def test_a_grid_of_large_images_has_half_as_many():
+    config = make_config("cwgan_gp", "quick", image_size=64)
+    about = {"model": "cwgan_gp", "preset": "quick", "image_size": 64, "classes": BLOOD_CLASSES}
+    model = config.build().eval()
+    (axis,) = grid(model, about, seed=5).axes
+    images = sample(model, class_balanced_labels(8, 4), seed=5)
+    drawn = np.asarray(axis.images[0].get_array())
+    assert np.array_equal(drawn, make_grid(images, columns=4, zoom=4))
+    assert [text.get_text() for text in axis.texts] == list(BLOOD_CLASSES)
 
 
 def test_a_seed_gives_the_same_file(shipped, tmp_path):

@@ -84,11 +84,17 @@ def test_extractor_of_a_file(small):
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_names_of_distances(tmp_path, small):
-    for stem, name in [("googlenet-1024", "GoogLeNet-1024"), ("inception-2048", "inception-2048")]:
-        copy = tmp_path / f"{stem}.pt"
+def test_a_known_network_has_its_name_whatever_its_file_is_called(tmp_path, small, monkeypatch):
+    copies = [tmp_path / f"{stem}.pt" for stem in ("ext", "inception-2048")]
+    for copy in copies:
         copy.write_bytes(small.read_bytes())
-        assert load_extractor(copy).distance_name == f"FD ({name})"
+        extractor = load_extractor(copy)
+        assert (extractor.name, extractor.distance_name) == (copy.stem, f"FD ({copy.stem})")
+    monkeypatch.setattr(features, "GOOGLENET_1024", extractor.sha256)
+    for copy in copies:
+        extractor = load_extractor(copy)
+        assert extractor.name == "googlenet-1024"
+        assert extractor.distance_name == "FD (GoogLeNet-1024)"
 
 
 @pytest.mark.parametrize(("spec", "dim"), [("demo", 64), ("domain", 128)])

@@ -16,11 +16,9 @@ from tensorboard.compat.proto.graph_pb2 import GraphDef
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 
 from evaluation import make_googlenet_extractor as script
-from evaluation.features import load_extractor
+from evaluation.features import GOOGLENET_1024, load_extractor
 from evaluation.make_googlenet_extractor import Convolution, GoogLeNet, build, make, read_graph
 from utils import load_dataset
-
-MEASURED_WITH = "0b7f4736f7293ca46d4fd63fd57871af4dc51f904da6d1945f39089587e10dc3"
 
 
 def packed(array: np.ndarray) -> TensorProto:
@@ -364,8 +362,8 @@ def test_made_extractor_has_the_features_of_the_measured_one(tmp_path):
     given = os.environ.get("EXTRACTOR")
     if not given or not Path(given).is_file():
         pytest.skip("set EXTRACTOR to the googlenet-1024.pt that measured the results")
-    if hashlib.sha256(Path(given).read_bytes()).hexdigest() != MEASURED_WITH:
-        pytest.skip(f"EXTRACTOR is not the file with the sha256 {MEASURED_WITH[:8]}…")
+    if hashlib.sha256(Path(given).read_bytes()).hexdigest() != GOOGLENET_1024:
+        pytest.skip(f"EXTRACTOR is not the file with the sha256 {GOOGLENET_1024[:8]}…")
     tensors = {name: packed(array) for name, array in original_tensors(Path(given)).items()}
     assert len(tensors) == 2 * 57
     graph = write_graph(tmp_path / "graph.pb", tensors)
