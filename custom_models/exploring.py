@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from custom_models.drawing import SAMPLE_BATCH, derive_seed
 from custom_models.jpeg_vae import logistic_noise
-from evaluation.copies import inverse_turn, nearest_over_turns, turned
 from utils import ImageSet, InputError, data_folder, load_dataset, to_uint8
 
 SAMPLES = 1024  # that directions are fitted to: some five for each of the CVAE's latents
@@ -175,15 +174,3 @@ def real_cells(path: Path, about: dict, data_root: str | Path | None) -> dict[st
             f"{about['dataset']} (sha256 {about['dataset_sha256'][:8]}…); give that data set"
         )
     return cells
-
-
-def nearest_real(images: Tensor, real: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k nearest real images of each image, in pixels, turned to match it.
-
-    images: uint8 [N, C, S, S]; real: uint8 [M, C, S, S]. Returns distances, float32 [N, k] (root
-    mean squared difference, 0 … 255), ascending, and the real images, uint8 [N, k, C, S, S].
-    """
-    distances, rows, turns = nearest_over_turns(images, real, k)
-    pairs = zip(rows.flatten().tolist(), turns.flatten().tolist())
-    matched = torch.cat([turned(real[row, None], inverse_turn(turn)) for row, turn in pairs])
-    return distances, matched.view(len(images), k, *images.shape[1:])

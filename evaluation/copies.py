@@ -152,8 +152,7 @@ def _suspects(images, train, held_out, to_train, to_held_out) -> Suspects:
 
     def matching(real: torch.Tensor, found) -> torch.Tensor:
         _, cells, turns = found
-        pairs = [(real[cells[row, 0], None], int(turns[row, 0])) for row in rows]
-        return torch.cat([turned(cell, inverse_turn(turn)) for cell, turn in pairs])
+        return _turned_to_match(real, cells[rows, 0], turns[rows, 0])
 
     def column(values: torch.Tensor) -> list:
         return values[rows, 0].tolist()
@@ -433,6 +432,25 @@ def nearest_over_turns(
         for kept, found in zip(result, _measured(turns[rows], real, cells, which, k)):
             kept[rows] = found
     return result
+
+
+def nearest_real(
+    images: torch.Tensor, real: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k nearest real images of each image, in pixels, turned to match it.
+
+    images: uint8 [N, C, S, S]; real: uint8 [M, C, S, S]. Returns distances, float32 [N, k] (root
+    mean squared difference, 0 … 255), ascending, and the real images, uint8 [N, k, C, S, S].
+    """
+    distances, rows, turns = nearest_over_turns(images, real, k)
+    matched = _turned_to_match(real, rows.flatten(), turns.flatten())
+    return distances, matched.view(len(images), k, *images.shape[1:])
+
+
+def _turned_to_match(real: torch.Tensor, rows: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    """These rows of the real images, as the images lie that `nearest_over_turns` found them for."""
+    pairs = zip(rows.tolist(), turns.tolist(), strict=True)
+    return torch.cat([turned(real[row, None], inverse_turn(turn)) for row, turn in pairs])
 
 
 def _shrunk(images: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from evaluation.copies import (
     find_copies,
     inverse_turn,
     nearest_over_turns,
+    nearest_real,
     turned,
 )
 from evaluation.features import Extractor
@@ -130,6 +131,15 @@ def test_large_images_are_compared_at_32_pixels():
         nearest_over_turns(large[:4], large, 3), nearest_over_turns(small[:4], small, 3)
     ):
         assert torch.equal(ours, theirs)
+
+
+def test_a_turned_copy_is_found_and_turned_to_match():
+    real = torch.randint(0, 256, (40, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    real = real.to(torch.uint8)
+    copies = torch.stack([real[7].rot90(1, (1, 2)), real[3].flip(2)])
+    distances, nearest = nearest_real(copies, real, 2)
+    assert torch.equal(nearest[:, 0], copies)
+    assert distances[:, 0].tolist() == [0, 0] and (distances[:, 1] > 20).all()
 
 
 # ---------------------------------------------------------------------------------------------

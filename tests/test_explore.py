@@ -159,15 +159,6 @@ def test_a_sampler_that_is_unknown_is_refused(edm, bad_input):
         exploring.with_sampling(edm, sampler="euler")
 
 
-def test_a_turned_copy_is_found_and_turned_to_match():
-    real = torch.randint(0, 256, (40, 3, 8, 8), generator=torch.Generator().manual_seed(0))
-    real = real.to(torch.uint8)
-    copies = torch.stack([real[7].rot90(1, (1, 2)), real[3].flip(2)])
-    distances, nearest = exploring.nearest_real(copies, real, 2)
-    assert torch.equal(nearest[:, 0], copies)
-    assert distances[:, 0].tolist() == [0, 0] and (distances[:, 1] > 20).all()
-
-
 def test_images_are_written_whole_or_not_at_all(tmp_path, bad_input):
     images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     out = tmp_path / "cells"
