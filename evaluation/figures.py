@@ -690,20 +690,26 @@ def real_and_generated_by_class(
 ) -> Figure:
     """Real cells beside generated ones, a row a class, with the class's distances at its side.
 
+    Each class with the number of its real cells and the kernel distance that held-out ones get.
     record: of `per_class.evaluate_per_class`; real: held-out cells; images: uint8
     [N, C, S, S], drawn for labels [N]. The first ones of each class are shown, not chosen ones.
     """
     rows, names = record["per_class"], []
     for row in rows:
-        found = {"KID": (row["kid"], ".3g")}
-        found |= {record["distance_name"]: (row["frechet_distance"], ".1f")}
-        numbers = [f"{name} {x:{form}}" for name, (x, form) in found.items() if x is not None]
-        names.append("\n".join([row["class"], *numbers]))
+        lines = [f"{row['class']}, {row['n_real']:,} real"]
+        if row["kid"] is not None:
+            lines.append(f"KID {row['kid']:.3g}")
+        if row["kid"] is not None and row["floor"]["kid"] is not None:
+            lines[-1] += f", of real ones {row['floor']['kid']:.2g}"
+        if row["frechet_distance"] is not None:
+            lines.append(f"{record['distance_name']} {row['frechet_distance']:.1f}")
+        names.append("\n".join(lines))
     parts = [
         _rows_of_classes(images, labels, len(rows))
         for images, labels in ((real.images, real.labels), (images, labels))
     ]
-    return _side_by_side(parts, [f"real ({real.name})", "generated"], names)
+    generated = f"generated, n = {rows[0]['n_fake']:,} of each class"
+    return _side_by_side(parts, [f"real ({real.name})", generated], names)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -209,8 +209,11 @@ def test_the_figure_shows_the_first_images_of_each_class_with_their_distances(se
     figure = figures.real_and_generated_by_class(record, sets["held_out"], images, labels)
     left, right = figure.axes
     assert [text.get_text() for text in left.texts] == [
-        f"{row['class']}\nKID {row['kid']:.3g}" for row in rows(record)
+        f"{row['class']}, {row['n_real']} real\n"
+        f"KID {row['kid']:.3g}, of real ones {row['floor']['kid']:.2g}"
+        for row in rows(record)
     ]
+    assert right.get_title() == "generated, n = 10 of each class"
     real = sets["held_out"].images
     pairs = ((left, [real[:8], real[20:28]]), (right, [images[:8], images[10:18]]))
     for axis, pictured in ((axis, torch.cat(parts)) for axis, parts in pairs):
