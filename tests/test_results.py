@@ -172,6 +172,7 @@ def test_the_readmes_words_have_the_numbers_of_the_records():
     without, stored = value["bilinear, antialiased, no JPEG"], value["bilinear, antialiased"]
     floor = json.loads((RESULTS / "numbers" / "resize.json").read_text())["floor"]
     assert f"lack that JPEG lie at {without} from the reference, and at {stored} with it" in words
+    assert f"Real cells without JPEG lie at {without} (n = 2,000), so these networks" in words
     assert "(n = 2,000), as they do as they are stored" in words and f"{floor:.0f}" == stored
     pillow = value["bilinear, antialiased, Pillow's JPEG"]
     assert f"with Pillow's, of the same quality, they lie at {pillow}." in words
@@ -561,6 +562,8 @@ def test_findings_have_the_numbers_of_the_grid_of_best():
     assert set(dcgan) == {"no JPEG", "no EMA"} and set(cwgan_gp) == {"no EMA"}
     assert not changed(rows, "ddpm")
     assert "Seven rows of the [table of ablations]" in words
+    assert len({own for _, own in cvae.values()}) == 1  # the same seeds
+    assert int(cvae["no EMA"][0]) < int(cvae["no EMA"][1])
     assert "its `best` lies at {} instead of {},".format(*cvae["normal prior"]) in words
     cooled = f"temperature 1 instead of 0.5 at {cvae['temperature 1'][0]}, at temperature 0,"
     assert cooled in words and f"without any texture, at {cvae['temperature 0'][0]}." in words
