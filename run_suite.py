@@ -42,6 +42,7 @@ from custom_models.classifiers import make_classifier
 from custom_models.config import parse_settings, stored_settings
 from evaluation import augmentation, figures
 from evaluation.gallery import check_page, write_gallery
+from evaluation.judge import measure_real_images
 from evaluation.tables import REDUCED_SEEDS, ablation_table, collect, write_ablation_table
 from evaluation.train_on_generated import (
     may_be_shown,
@@ -76,6 +77,8 @@ KERNEL_GONE_SECONDS = 60
 # Two kernels that start at the same moment may take the same port; one of them then dies at once.
 NOT_STARTED = "Kernel died before replying to kernel_info"
 START_ATTEMPTS = 3
+# What a run is doing when so many quarters of its training are over.
+STAGES = ("at 0 %", "at 25 %", "at 50 %", "at 75 %", "trained, being measured")
 
 
 @dataclass(frozen=True, eq=False)  # hashed by identity: the parameters are a dict
@@ -248,15 +251,7 @@ def plan(rows: list[list[Task]]) -> tuple[list[Task], list[Task]]:
         for task in row:
             _check_parameters(task)
     for row in rows:
-        parameters = row[0].parameters
-        pipeline = GenerativePipeline(
-            row[0].source.stem,
-            preset=parameters["preset"],
-            dataset=parameters["dataset"],
-            out=row[0].target.parent,
-            device="cpu",  # nothing is computed here
-            **parameters["settings"],
-        )
+        pipeline = _pipeline(row[0], device="cpu")  # nothing is computed here
         pipeline.extractor()
         for seed, task in enumerate(row):
             # The data is the same for every seed: load it once.
@@ -266,6 +261,28 @@ def plan(rows: list[list[Task]]) -> tuple[list[Task], list[Task]]:
                 pipeline.check_folder(pipeline.extractor())
             (done if record and _is_whole(task.target) else to_do).append(task)
     return done, sorted(to_do, key=lambda task: task.parameters["seed"])
+
+
+def _pipeline(task: Task, device: str) -> GenerativePipeline:
+    parameters = task.parameters
+    return GenerativePipeline(
+        task.source.stem,
+        preset=parameters["preset"],
+        dataset=parameters["dataset"],
+        out=task.target.parent,
+        device=device,
+        **parameters["settings"],
+    )
+
+
+def measure_real_cells(task: Task) -> None:
+    """Measure the real cells before the first run, with bars; all runs find it in the cache.
+
+    task: any of the runs, which share their data. Left to the runs it would look as if they stood,
+    for minutes on a CPU, and those at the same time would each do it.
+    """
+    pipeline = _pipeline(task, task.parameters["device"])
+    measure_real_images(pipeline.sets, pipeline.extractor())
 
 
 def _tasks(
@@ -877,9 +894,10 @@ def run_all(tasks: list[Task], jobs: int) -> dict[Task, str]:
                 sys.stdout.flush()
             running = {task: _quarters(task) for task in list(runner.processes)}
             words = [f"{finished} of {len(tasks)} runs done"]
-            words += [f"{task.name} at {25 * n} %" for task, n in running.items()]
+            words += [f"{task.name} {STAGES[n]}" for task, n in running.items()]
             bar.set_postfix_str("; ".join(words), refresh=False)
-            bar.update(finished + sum(running.values()) / 4 - bar.n)
+            # A run that is being measured is not over yet.
+            bar.update(finished + sum(min(3.5, n) for n in running.values()) / 4 - bar.n)
     finally:
         runner.stop()
         executor.shutdown(cancel_futures=True)
@@ -888,8 +906,9 @@ def run_all(tasks: list[Task], jobs: int) -> dict[Task, str]:
 
 
 def _quarters(task: Task) -> int:
-    """Quarters of the training that are over, at most three while the run is under way."""
-    return min(3, len(list((task.target.parent / "progress").glob("*.png"))))
+    """Quarters of the training that are over, by its progress grids."""
+    grids = (task.target.parent / "progress").glob("[01][0-9][0-9].png")
+    return max((int(path.stem) // 25 for path in grids), default=0)
 
 
 def describe(record: Path) -> str:
@@ -966,6 +985,9 @@ def main(arguments: list[str] | None = None) -> int:
             "with --models (MODELS= of make)",
             flush=True,
         )
+    if to_do and not options.study:
+        print("measuring the real cells, once for all runs …", flush=True)
+        measure_real_cells(to_do[0])
     failures = run_all(to_do, options.jobs) if to_do else {}
     measured = any(task.record.exists() for task in done + to_do)
     if measured and not (options.ablations or options.study):

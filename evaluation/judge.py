@@ -40,14 +40,26 @@ def judge(
     of another split.
     """
     train, held_out = sets["train"], sets["held_out"]
-    reference, classifier = make_reference(train, extractor), classifier_of(sets, extractor.device)
+    reference, classifier, floor_metrics = measure_real_images(sets, extractor)
     metrics = protocol.evaluate(reference, images, extractor, labels)
-    metrics["floor"] = floor(reference, sets, extractor, classifier)
+    metrics["floor"] = floor_metrics
     metrics["copies"], suspects = find_copies(images, train.images, held_out.images, extractor)
     colours = channel_means(images) - channel_means(train.images)
     metrics["mean_colour_error"] = colours.abs().mean().item()
     metrics |= _by_classifier(images, labels, sets, classifier)
     return metrics, suspects
+
+
+def measure_real_images(
+    sets: dict[str, ImageSet], extractor: Extractor
+) -> tuple[Reference, Classifier, dict]:
+    """What generated images meet: the train split's reference, a classifier and the floor.
+
+    Slow the first time, quick once the cache folder has their features and the floor.
+    """
+    reference = make_reference(sets["train"], extractor)
+    classifier = classifier_of(sets, extractor.device)
+    return reference, classifier, floor(reference, sets, extractor, classifier)
 
 
 def classifier_of(sets: dict[str, ImageSet], device: torch.device) -> Classifier:

@@ -16,6 +16,9 @@ import pytest
 import run_suite
 from custom_models import MODELS, cvae, make_config
 from custom_models.ablations import GRIDS, Ablation
+from evaluation.features import load_extractor
+from evaluation.judge import measure_real_images
+from generative_pipeline import GenerativePipeline
 from run_suite import Runner, Task
 from utils import InputError
 
@@ -446,3 +449,27 @@ def test_diffusion_comes_last_on_a_cpu(tmp_path, monkeypatch, capsys):
     assert run_suite.main([*arguments, "--preset", "quick"]) == 0
     assert [task.source.stem for task in order] == ["ddpm", "cvae", "ddpm", "cvae"]
     assert "a day" not in capsys.readouterr().out
+
+
+def test_real_cells_are_measured_once_before_the_first_run(tmp_path, empty_cache, monkeypatch):
+    """Runs at the same time would each do it, behind a bar that stands."""
+    floors = []
+    monkeypatch.setattr(
+        run_suite, "run_all", lambda *_: floors.extend(empty_cache.glob("floors/*.json")) or {}
+    )
+    assert run_suite.main([*TINY, "--models", "cvae", "--out", str(tmp_path / "results")]) == 0
+    assert len(floors) == 1
+    monkeypatch.setattr("evaluation.protocol.evaluate", lambda *_: pytest.fail("measured again"))
+    pipeline = GenerativePipeline("cvae", "quick", "demo", device="cpu")
+    measure_real_images(pipeline.sets, load_extractor("demo"))
+
+
+@pytest.mark.parametrize(
+    ("grids", "stage"), [([], "at 0 %"), ([25, 50], "at 50 %"), ([100], "being measured")]
+)
+def test_the_bar_tells_training_from_measuring(grids, stage, tmp_path):
+    (tmp_path / "progress").mkdir()
+    for percent in grids:
+        (tmp_path / "progress" / f"{percent:03d}.png").touch()
+    quarters = run_suite._quarters(Task("", Path(), tmp_path / "run.ipynb", {}))
+    assert stage in run_suite.STAGES[quarters]
