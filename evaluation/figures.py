@@ -1,5 +1,6 @@
 """Figures in one style: functions of arrays that return a matplotlib figure."""
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -290,8 +291,9 @@ PLAIN = StrMethodFormatter("{x:,.0f}")  # 1,000, not 10³
 def mistake_bars(record: dict, examples: dict[str, torch.Tensor] | None = None) -> Figure:
     """A bar for each row, the floor ± 2 sd of draws as a line and a band, a few cells beside.
 
-    record: with rows, floor and floor_sd; examples: uint8 [k, 3, S, S] for each row's name. The
-    axis is logarithmic where the values span more than a factor of ten.
+    record: with rows, floor and floor_sd; examples: uint8 [k, 3, S, S] for each row's name. Where
+    the values span more than a factor of ten the axis is logarithmic and has no zero for a bar to
+    begin at: a line from the floor to a dot takes its place, its length the ratio to the floor.
     """
     rows, floor, spread = record["rows"], record["floor"], 2 * record["floor_sd"]
     shown = len(next(iter(examples.values()))) if examples else 0
@@ -302,13 +304,16 @@ def mistake_bars(record: dict, examples: dict[str, torch.Tensor] | None = None) 
         figure = Figure(figsize=(width, height))
         low, rest = below / height, 1 - below / height
         axis = figure.add_axes((shown * cell / width, low, bars / width, rest))
-        axis.barh(range(len(rows)), values, height=0.55, color=COLOURS[0])
+        places = range(len(rows))
         axis.axvspan(floor - spread, floor + spread, color="black", alpha=0.12, linewidth=0)
         axis.axvline(floor, color="black", linewidth=1, linestyle="--")
         if max(values) > 10 * floor:
+            axis.hlines(places, floor, values, color=COLOURS[0], linewidth=2)
+            axis.plot(values, places, "o", color=COLOURS[0])
             log_scale(axis, "x")
             axis.set_xlim(floor / 2, max(values) * 2.2)
         else:
+            axis.barh(places, values, height=0.55, color=COLOURS[0])
             axis.set_xlim(0, max(values) * 1.2)
         for place, value in enumerate(values):
             axis.annotate(
@@ -472,43 +477,42 @@ def suspicious_pairs(suspects: Suspects) -> Figure:
 
 
 def ablations(rows: list[dict]) -> Figure:
-    """A panel for each model: a dot with a bar of ± sd for each row, the baseline as a line.
+    """A panel for each model: each change's distance minus the unchanged preset's, seed by seed.
 
-    rows: of `tables.ablation_table`; one without a distance has no dot, and models of which no
-    change was measured have no panel where others have. Each panel has an axis of its own, which
-    need not begin at zero.
+    rows: of `tables.ablation_table`. A dot is a training, a stroke the mean of a row; one without a
+    difference has neither, and models of which no change was measured have no panel where others
+    have. Each panel has an axis of its own, with the unchanged preset at zero.
     """
-    changed = [r for r in rows if r["settings"] != "{}" and r["frechet_mean"] is not None]
-    measured = {row["model"] for row in changed}
-    rows = [row for row in rows if row["model"] in measured or not measured]
+    changes = [row for row in rows if row["settings"] != "{}"]
+    measured = {row["model"] for row in changes if row["difference_mean"] is not None}
     groups: dict[str, list[dict]] = {}
-    for row in rows:
-        groups.setdefault(row["model"], []).append(row)
+    for row in changes:
+        if row["model"] in measured or not measured:
+            groups.setdefault(row["model"], []).append(row)
     heights = [len(group) for group in groups.values()]
     with matplotlib.rc_context(STYLE):
-        size = (6, 0.24 * len(rows) + 0.55 * len(groups) + 0.3)
+        size = (6, 0.24 * sum(heights) + 0.9 * len(groups) + 0.2)
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(len(groups), 1, height_ratios=heights, squeeze=False).flatten()
         for axis, (model, group) in zip(axes, groups.items()):
+            axis.axvline(0, color="black", linewidth=1, linestyle="--", zorder=0)
             for place, row in enumerate(group):
-                mean, sd = row["frechet_mean"], row["frechet_sd"]
-                if mean is None:
-                    continue
-                axis.errorbar(mean, place, xerr=sd, fmt="o", color=COLOURS[0], capsize=3)
-                if row["settings"] == "{}":
-                    axis.axvline(mean, color="black", linewidth=1, linestyle="--", zorder=0)
+                dots = list(json.loads(row["differences"]).values())
+                axis.plot(dots, [place] * len(dots), "o", color=COLOURS[0], markersize=4, alpha=0.7)
+                if dots:
+                    axis.plot(row["difference_mean"], place, "|", color="black", markersize=10)
             names = [
-                row["ablation"] + (" (not measured)" if row["frechet_mean"] is None else "")
+                row["ablation"] + (" (not measured)" if row["difference_mean"] is None else "")
                 for row in group
             ]
             axis.set_ylim(len(group) - 0.5, -0.5)
             axis.set_yticks(range(len(group)), names)
             axis.tick_params("y", length=0)
-            axis.set_title(model, fontsize=9, loc="left")
+            axis.set_title(f"{model} {group[0]['preset']}", fontsize=9, loc="left")
             axis.xaxis.set_major_formatter(PLAIN)
-            if all(row["frechet_mean"] is None for row in group):
+            axis.set_xlabel(f"change of {group[0]['distance_name']}; dashed: as the preset is")
+            if all(row["difference_mean"] is None for row in group):
                 axis.set_xticks([])
-        axes[-1].set_xlabel(f"{rows[0]['distance_name']}, mean ± sd; dashed: the unchanged preset")
     return figure
 
 
@@ -521,8 +525,8 @@ def quality_and_cost(records: list[dict], names: dict[str, str]) -> Figure:
     """Fréchet distance against images seen, and against seconds of training: a dot a training.
 
     names: titles of the models. Filled marks are `best` presets; squares and triangles are small
-    stand-ins. Seconds can be compared on one kind of device only: each gets a panel, and its
-    threads are named.
+    stand-ins. Seconds can be compared on one kind of device only: each gets a panel, of one width,
+    and its threads are named.
     """
     machines = {}
     for record in records:
@@ -555,8 +559,9 @@ def quality_and_cost(records: list[dict], names: dict[str, str]) -> Figure:
                 )
             axis.axhline(first["floor"]["frechet_distance"], color="black", lw=1, ls="--")
             axis.set_xscale("log")
-            low, high = axis.get_xlim()
-            middle, reach = math.sqrt(low * high), max(2, math.sqrt(high / low))
+            values = [r[cost] for r in records]  # one width for all panels of seconds
+            low, high = min(values), max(values)
+            middle, reach = math.sqrt(low * high), max(2, 1.2 * math.sqrt(high / low))
             axis.set_xlim(middle / reach, middle * reach)  # small differences look small
             for which in ("x", "y"):
                 log_scale(axis, which)

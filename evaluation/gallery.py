@@ -12,12 +12,20 @@ from pathlib import Path
 from urllib.parse import quote
 
 from evaluation.protocol import Protocol
-from evaluation.tables import BUDGETS, collect, record_paths, results_table, run_table
+from evaluation.tables import (
+    BUDGETS,
+    WITHOUT_NUMBERS,
+    collect,
+    record_paths,
+    results_table,
+    run_table,
+)
 from utils import InputError, exit_on_bad_input, in_words_of, write_text
 
 PAGE, MADE_BY = "README.md", "Made by `python -m evaluation.gallery`"
 ABLATIONS = (
-    "Each change against its model's unchanged preset, the dashed line; bars: ± sd over trainings."
+    "Each change against its model's unchanged preset, at zero: a dot for each training, compared "
+    "with that of the same seed; a stroke for their mean."
 )
 COMPARISONS = {
     "comparison.png": "Real images beside those of the `baseline` presets and their stand-ins, the "
@@ -177,7 +185,7 @@ def _run(results: Path, row: dict, folders: dict[int, Path]) -> list[str]:
         "per_class.md": "every class by itself",
     }
     pictures = dict(PICTURES)
-    if row["note"].startswith("not measured"):
+    if row["note"].startswith(WITHOUT_NUMBERS):
         numbers = [
             f"Numbers: {row['note']}. Budget: **{row['budget']}**, {record['images_seen']:,} "
             f"images seen in {record['seconds'] / 60:.1f} minutes on {record['device']}."

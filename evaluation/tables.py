@@ -34,6 +34,8 @@ RECOGNISED = 0.8  # share of a conditional model's samples
 # Change of a curve's mean from the last fifth but one to the last: a share of that mean, or of the
 # curve's whole range for one that ends near zero.
 FLAT, FLAT_OF_RANGE = 0.05, 0.001
+# How the note of a row begins that has none: no run, or runs that may not be shown.
+WITHOUT_NUMBERS = ("not measured", "not shown")
 SURE = 3  # standard errors of a share of images; of C_T, a mean of z-scores, the value itself
 FIELDS = (
     "model",
@@ -122,6 +124,8 @@ SUMMARY = tuple(
     c for c in COLUMNS if c.name in ("frechet", "precision", "recall", "coverage", "agreement")
 )
 ABLATION = tuple(c for c in QUALITY if c.name in ("frechet", "kid", "precision", "recall"))
+# Of a row of a grid from the unchanged preset; no metric of a run.
+DIFFERENCE = Column("difference", (), "Difference", "+.1f", ".1f")
 REAL = "real images (held out)"
 PER_CLASS = ("kid", "precision", "recall", "agreement")
 
@@ -336,39 +340,42 @@ def ablation_table(runs: list[tuple[Ablation, list[dict]]]) -> list[dict]:
     """One row for each change of a grid: mean ± sd (ddof = 1) over seeds, and the difference.
 
     runs: every row of the grid with the records of its trainings, an empty list where it was not
-    run (its numbers are None then). difference: the mean Fréchet distance minus that of the
-    model's row without settings, over the seeds that both have; None for that row itself and where
-    there are none. Budgets may
-    differ, since epochs may be what a row changes; `images_seen` tells. Raises InputError where
-    there are no records at all, for mixed protocols, for a seed that comes twice and for runs of
-    one row with different configurations.
+    run (its numbers are None then). differences: for each seed that both have, the Fréchet distance
+    minus that of the model's row without settings, as JSON, and their mean and sd; none for that
+    row itself. Budgets may differ, since epochs may be what a row changes; `images_seen` tells.
+    Raises InputError where there are no records at all, for mixed protocols, for a seed that comes
+    twice and for runs of one row with different configurations.
     """
     metrics = [record["metrics"] for _, records in runs for record in records]
     if not metrics:
         raise InputError("no run of this grid is there; train one of its rows first")
     _check_same_protocol(metrics)
     _check_same_metrics([record for _, records in runs for record in records])
-    rows = [_ablation_row(ablation, records, metrics[0]) for ablation, records in runs]
     unchanged = {a.model: _distances(records) for a, records in runs if not a.settings}
-    for row, (ablation, records) in zip(rows, runs):
-        own, other = _distances(records), unchanged[ablation.model]
-        seeds = own.keys() & other.keys() if ablation.settings else ()
-        gains = [own[seed] - other[seed] for seed in seeds]
-        row["difference"] = statistics.mean(gains) if gains else None
-    return rows
+    return [
+        _ablation_row(ablation, records, unchanged[ablation.model], metrics[0])
+        for ablation, records in runs
+    ]
 
 
 def _distances(records: list[dict]) -> dict[int, float]:
     """Fréchet distance by seed, of those that have one."""
     found = {record["seed"]: record["metrics"]["frechet_distance"] for record in records}
-    return {seed: value for seed, value in found.items() if value is not None}
+    return {seed: found[seed] for seed in sorted(found) if found[seed] is not None}
 
 
-def _ablation_row(ablation: Ablation, records: list[dict], metrics: dict) -> dict:
+def _ablation_row(
+    ablation: Ablation, records: list[dict], unchanged: dict[int, float], metrics: dict
+) -> dict:
     """metrics: of any run in the table, for the protocol, which all of them share."""
     model, preset, protocol = ablation.model, ablation.preset, Protocol(**metrics["protocol"])
     if records:
         check_trainings(f"{model} {preset}, {ablation.name}", records)
+    differences = {
+        seed: distance - unchanged[seed]
+        for seed, distance in _distances(records).items()
+        if ablation.settings and seed in unchanged
+    }
     return {
         "model": model,
         "preset": preset,
@@ -376,48 +383,44 @@ def _ablation_row(ablation: Ablation, records: list[dict], metrics: dict) -> dic
         "settings": json.dumps(ablation.settings),
         "what": ablation.what,
         **_columns(model, preset, protocol.dataset, metrics),
-        "seeds": len(records),
+        "seeds": ", ".join(map(str, sorted(record["seed"] for record in records))),
         "images_seen": records[0]["images_seen"] if records else None,
         **_means([record["metrics"] for record in records], ABLATION),
-        "devices": ", ".join(sorted({record["device"] for record in records})),
+        "differences": json.dumps(differences),
+        **mean_and_sd("difference", list(differences.values())),
+        "trained_on": _trained_on(records) if records else "",
         "note": protocol.frechet_warning if records else "not measured",
     }
 
 
 def write_ablation_table(rows: list[dict], folder: str | Path) -> None:
     """Write the rows of `ablation_table` as table.csv and table.md into `folder`."""
-    titles = [column.title or rows[0]["distance_name"] for column in ABLATION]
-    titles[1:1] = ["Difference"]
+    columns = (*ABLATION[:1], DIFFERENCE, *ABLATION[1:])
+    titles = [column.title or rows[0]["distance_name"] for column in columns]
     lines = [
         f"| Model | Change | What it is | Seeds | Images seen | {' | '.join(titles)} |",
         "|---|---|---|---:|---:|" + "---:|" * len(titles),
     ]
     for row in rows:
-        cells = [_cell(row, column) for column in ABLATION]
-        if row["note"].startswith("not measured"):
+        cells = [_cell(row, column) for column in columns]
+        if row["note"].startswith(WITHOUT_NUMBERS):
             cells[0] = row["note"]
-        cells[1:1] = [number(row["difference"], "+.1f")]
         lines.append(
-            f"| {row['model']} | {row['ablation']} | {row['what'] or '–'} | {row['seeds']} "
+            f"| {row['model']} | {row['ablation']} | {row['what'] or '–'} | {row['seeds'] or '–'} "
             f"| {number(row['images_seen'], ',')} | {' | '.join(cells)} |"
         )
     parts = [
         "Ablations: changed settings, each against the same model's preset as it is, its first row "
-        "here. The table of "
-        "results is another one.",
+        "here. The table of results is another one.",
         "\n".join(lines),
         _rules(rows[0]),
-        "Difference: of a row's mean distance from that first row's, over the seeds that both "
-        "have. Two rows whose means lie closer together than their standard deviations can't be "
-        "told apart by these runs.",
+        "Difference: of each training's distance from that of the same seed in that first row, "
+        "mean ± sd over the seeds that both have. Three differences are beyond chance (Student's "
+        "t, two-sided, one comparison at 5 %) where their mean is above 2.5 times their sd, five "
+        "where it is above 1.2 times.",
+        *_machines(rows, lambda row: f"{row['model']} {row['ablation']}"),
         *_notes(rows),
     ]
-    devices = sorted({row["devices"] for row in rows if row["devices"]})
-    if len(devices) > 1:
-        parts.append(
-            f"Not all rows were trained on the same device ({'; '.join(devices)}), and devices "
-            "train at different precision."
-        )
     write_rows(rows, "\n\n".join(parts) + "\n", Path(folder) / "table")
 
 
@@ -603,7 +606,7 @@ def _row(model: str, preset: str, dataset: str, group: list[dict]) -> dict:
     if group[0]["budget"] == "reduced":
         reason = reduced_shortfall(group)
         if reason:
-            shown, note = [], f"not measured ({reason})"
+            shown, note = [], f"not shown ({reason})"
     return _columns(model, preset, dataset, metrics[0]) | {
         "budget": group[0]["budget"],
         "seeds": len(group),
@@ -658,7 +661,7 @@ def reduced_shortfall(group: list[dict]) -> str:
     """Why runs at a reduced budget may not be shown; empty where they may."""
     metrics = [record["metrics"] for record in group]
     if len(metrics) < REDUCED_SEEDS:
-        return f"{len(metrics)} of {REDUCED_SEEDS} seeds"
+        return f"{len(metrics)} of {REDUCED_SEEDS} trainings"
     distances = [m["frechet_distance"] for m in metrics]
     if None in distances:
         return "too few images for a Fréchet distance"
@@ -797,7 +800,20 @@ _WITHIN = (
 def _notes(rows: list[dict]) -> list[str]:
     """What is said below a table: each note once, without those that stand in the rows."""
     notes = {row["note"] for row in rows if row["note"]}
-    return [f"{note}." for note in sorted(notes) if not note.startswith("not measured")]
+    return [f"{note}." for note in sorted(notes) if not note.startswith(WITHOUT_NUMBERS)]
+
+
+def _machines(rows: list[dict], name) -> list[str]:
+    """Which rows, called name(row), were trained where, unless all are of one place."""
+    machines = defaultdict(list)
+    for row in rows:
+        machines[row["trained_on"]].append(name(row))
+    machines.pop("", None)  # of real cells, and of rows that were not run
+    if len(machines) == 1 and not any(" on " in place for place in machines):
+        return []
+    words = "Not all were trained on the same device or in the same precision"
+    places = (f"{', '.join(names)}: {place}" for place, names in machines.items())
+    return [f"{words} ({'; '.join(places)})."]
 
 
 def _markdown(rows: list[dict]) -> str:
@@ -812,14 +828,7 @@ def _markdown(rows: list[dict]) -> str:
         words = [TRUST_WORDS[c.name].split(": ", 1) for c in trust if c.name in TRUST_WORDS]
         lines = [f"- **{name}**: {meaning}" for name, meaning in words]
         parts.append(in_words_of(rows[0]["dataset"], "\n".join(lines).format(n_domain=n_domain)))
-    machines = defaultdict(list)
-    for row in rows:
-        machines[row["trained_on"]].append(f"{row['model']} {row['preset']}")
-    machines.pop("", None)  # of real cells
-    if len(machines) > 1 or any(" on " in name for name in machines):
-        words = "Not all were trained on the same device or in the same precision"
-        places = (f"{', '.join(names)}: {place}" for place, names in machines.items())
-        parts.append(f"{words} ({'; '.join(places)}).")
+    parts += _machines(rows, lambda row: f"{row['model']} {row['preset']}")
     parts += [
         f"{row['model']} {row['preset']} was not run as its preset is: {row['settings']}."
         for row in rows
@@ -874,7 +883,7 @@ def _one_table(
     for row in rows:
         seeds = "–" if row["seeds"] is None else row["seeds"]
         cells = [_cell(row, column) for column in columns]
-        if row["note"].startswith("not measured"):
+        if row["note"].startswith(WITHOUT_NUMBERS):
             cells[0] = row["note"]
         about = {"Images seen": number(row["images_seen"], ",.0f"), "Stored as": row["stored_as"]}
         cells = [*(about[title] or "–" for title in training), *cells]

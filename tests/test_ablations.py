@@ -138,13 +138,16 @@ def test_published_grid_has_what_the_study_varied():
 
 def test_means_and_differences_from_the_own_baseline():
     rows = rows_of_two_models()
-    assert [r["seeds"] for r in rows] == [3, 2, 1, 0, 0, 1]
+    assert [r["seeds"] for r in rows] == ["0, 1, 2", "0, 1", "0", "", "", "0"]
     assert [r["frechet_mean"] for r in rows] == [100, 130, 95, None, None, 200]
     assert rows[0]["frechet_sd"] == pytest.approx(10)
     assert rows[1]["frechet_sd"] == pytest.approx(math.sqrt(50))
     assert rows[2]["frechet_sd"] is None
     # The last row's model has no baseline yet, and another model's is none for it.
-    assert [r["difference"] for r in rows] == [None, 35, 5, None, None, None]  # of shared seeds
+    means = [None, 35, 5, None, None, None]  # of shared seeds
+    assert [r["difference_mean"] for r in rows] == means
+    assert json.loads(rows[1]["differences"]) == {"0": 35, "1": 35}
+    assert [r["difference_sd"] for r in rows] == [None, 0, None, None, None, None]
     assert [r["images_seen"] for r in rows[1:4]] == [1_190_400, 595_200, None]
     assert {r["protocol"] for r in rows} == {Protocol(**PROTOCOL).key()}
 
@@ -155,21 +158,22 @@ def test_written_table(tmp_path):
     start = next(k for k, line in enumerate(lines) if line.startswith("| Model"))
     measures = "FID | Difference | KID | Precision | Recall"
     assert lines[start] == f"| Model | Change | What it is | Seeds | Images seen | {measures} |"
-    one, several = "0.25 | 0.750 | 0.500", "0.25 ± 0 | 0.750 ± 0.000 | 0.500 ± 0.000"
+    gain, one = "+35.0 ± 0.0", "0.25 | 0.750 | 0.500"
+    several = "0.25 ± 0 | 0.750 ± 0.000 | 0.500 ± 0.000"
     assert lines[start + 2 : start + 8] == [
-        f"| cvae | baseline | – | 3 | 1,190,400 | 100.0 ± 10.0 | – | {several} |",
-        f"| cvae | latent 8 | its latent 8 | 2 | 1,190,400 | 130.0 ± 7.1 | +35.0 | {several} |",
-        f"| cvae | half | its half | 1 | 595,200 | 95.0 | +5.0 | {one} |",
-        "| cvae | lr 1 | its lr 1 | 0 | – | not measured | – | – | – | – |",
-        "| dcgan | baseline | – | 0 | – | not measured | – | – | – | – |",
-        f"| dcgan | latent 8 | its latent 8 | 1 | 1,190,400 | 200.0 | – | {one} |",
+        f"| cvae | baseline | – | 0, 1, 2 | 1,190,400 | 100.0 ± 10.0 | – | {several} |",
+        f"| cvae | latent 8 | its latent 8 | 0, 1 | 1,190,400 | 130.0 ± 7.1 | {gain} | {several} |",
+        f"| cvae | half | its half | 0 | 595,200 | 95.0 | +5.0 | {one} |",
+        "| cvae | lr 1 | its lr 1 | – | – | not measured | – | – | – | – |",
+        "| dcgan | baseline | – | – | – | not measured | – | – | – | – |",
+        f"| dcgan | latent 8 | its latent 8 | 0 | 1,190,400 | 200.0 | – | {one} |",
     ]
     text = "\n".join(lines)
     assert text.startswith("Ablations") and "5,133 images" in text and "device" not in text
     with open(tmp_path / "table.csv", encoding="utf-8", newline="") as file:
         written = list(csv.DictReader(file))
     assert [r["settings"] for r in written[:3]] == ["{}", '{"latent_dim": 8}', '{"epochs": 10}']
-    assert float(written[2]["difference"]) == 5
+    assert float(written[2]["difference_mean"]) == 5
     assert written[3]["frechet_mean"] == "" and written[3]["note"] == "not measured"
 
 
@@ -178,10 +182,10 @@ def test_too_few_images_for_a_distance_leave_no_difference(tmp_path):
     first, second = rows = ablation_table(
         [(change("baseline"), [record(0, None, **few)]), (change("lr 1"), [record(0, None, **few)])]
     )
-    assert (first["frechet_mean"], second["difference"]) == (None, None)
+    assert (first["frechet_mean"], second["difference_mean"]) == (None, None)
     write_ablation_table(rows, tmp_path)
     text = (tmp_path / "table.md").read_text(encoding="utf-8")
-    assert "| 1 | 1,190,400 | – | – | 0.25 |" in text and "not measured" not in text
+    assert "| 0 | 1,190,400 | – | – | 0.25 |" in text and "not measured" not in text
     assert "Fréchet distance at n = 400 in 2048 dimensions" in text
 
 
@@ -191,7 +195,8 @@ def test_trainings_on_two_devices_are_told(tmp_path):
         (change("lr 1"), [record(0, 2.0, device="H200")]),
     ]
     write_ablation_table(ablation_table(runs), tmp_path)
-    assert "same device (H200; cpu)" in (tmp_path / "table.md").read_text(encoding="utf-8")
+    text = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert "(cvae baseline: cpu in float32; cvae lr 1: H200 in bfloat16)." in text
 
 
 def test_what_may_not_share_a_table(bad_input):
@@ -213,32 +218,28 @@ def test_models_of_which_no_change_was_measured_have_no_panel_beside_others():
     rows = rows_of_two_models()
     for row in rows:
         if row["model"] == "cvae" and row["settings"] != "{}":
-            row["frechet_mean"] = None
-    assert [axis.get_title(loc="left") for axis in figures.ablations(rows).axes] == ["dcgan"]
-    rows[-1]["frechet_mean"] = None
+            row |= {"difference_mean": None, "differences": "{}"}
     titles = [axis.get_title(loc="left") for axis in figures.ablations(rows).axes]
-    assert titles == ["cvae", "dcgan"]
+    assert titles == ["cvae baseline", "dcgan baseline"]  # there is no change of either
+    rows[-1] |= {"difference_mean": 3.0, "differences": '{"0": 3.0}'}
+    titles = [axis.get_title(loc="left") for axis in figures.ablations(rows).axes]
+    assert titles == ["dcgan baseline"]
 
 
 def test_figure_shows_what_the_rows_say():
-    above, below = figures.ablations(rows_of_two_models()).axes
-    assert [label.get_text() for label in above.get_yticklabels()] == [
-        "baseline",
-        "latent 8",
-        "half",
-        "lr 1 (not measured)",
-    ]
-    dots = [container.lines[0] for container in above.containers]
-    assert [(*dot.get_xdata(), *dot.get_ydata()) for dot in dots] == [(100, 0), (130, 1), (95, 2)]
-    (bar,) = above.containers[1].lines[2]
-    low, high = bar.get_segments()[0][:, 0]
-    assert (low, high) == pytest.approx((130 - math.sqrt(50), 130 + math.sqrt(50)))
-    dashed = [line for line in above.lines if line.get_linestyle() == "--"]
-    assert [list(line.get_xdata()) for line in dashed] == [[100, 100]]
-    top, bottom = above.get_ylim()
+    (axis,) = figures.ablations(rows_of_two_models()).axes  # the DCGAN has nothing to compare with
+    names = [label.get_text() for label in axis.get_yticklabels()]
+    assert names == ["latent 8", "half", "lr 1 (not measured)"]
+    drawn = {marker: [] for marker in ("o", "|")}
+    for line in axis.lines:
+        if line.get_marker() in drawn and len(line.get_xdata()):
+            drawn[line.get_marker()].append((list(line.get_xdata()), *{*line.get_ydata()}))
+    assert drawn["o"] == [([35, 35], 0), ([5], 1)]
+    assert drawn["|"] == [([35], 0), ([5], 1)]
+    (dashed,) = [line for line in axis.lines if line.get_linestyle() == "--"]
+    assert list(dashed.get_xdata()) == [0, 0]
+    top, bottom = axis.get_ylim()
     assert top > bottom  # the first row at the top
-    # Its baseline was not measured: no line.
-    assert not [line for line in below.lines if line.get_linestyle() == "--"]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -307,7 +308,7 @@ def suite(tmp_path, monkeypatch):
 def table_of(folder) -> list[tuple]:
     with open(folder / "ablations" / "tiny" / "table.csv", encoding="utf-8", newline="") as file:
         return [
-            (r["model"], r["ablation"], r["seeds"], r["frechet_mean"], r["difference"])
+            (r["model"], r["ablation"], r["seeds"], r["frechet_mean"], r["difference_mean"])
             for r in csv.DictReader(file)
         ]
 
@@ -319,10 +320,10 @@ def test_a_grid_is_run_once(suite, tmp_path, capsys):
     assert executed == [f"{name} seed {seed}" for seed in (0, 1) for name in names]
     assert "8 runs: 0 finished before, 8 to do" in capsys.readouterr().out
     assert table_of(tmp_path) == [
-        ("cvae", "baseline", "2", "101.0", ""),
-        ("cvae", "Latent 8, short", "2", "93.0", "-8.0"),
-        ("dcgan", "baseline", "2", "101.0", ""),
-        ("dcgan", "ratio 1", "2", "93.0", "-8.0"),
+        ("cvae", "baseline", "0, 1", "101.0", ""),
+        ("cvae", "Latent 8, short", "0, 1", "93.0", "-8.0"),
+        ("dcgan", "baseline", "0, 1", "101.0", ""),
+        ("dcgan", "ratio 1", "0, 1", "93.0", "-8.0"),
     ]
     kept = json.loads((tmp_path / SHORT / "seed1" / "record.json").read_text())
     assert (kept["config"]["latent_dim"], kept["config"]["epochs"]) == (8, 1)
@@ -389,13 +390,13 @@ def test_narrowed_to_a_model_the_table_keeps_all_rows(suite, tmp_path):
     assert code == 0 and len(executed) == 4
     assert all(name.startswith("dcgan") for name in executed)
     assert table_of(tmp_path) == [
-        ("cvae", "baseline", "0", "", ""),
-        ("cvae", "Latent 8, short", "0", "", ""),
-        ("dcgan", "baseline", "2", "101.0", ""),
-        ("dcgan", "ratio 1", "2", "93.0", "-8.0"),
+        ("cvae", "baseline", "", "", ""),
+        ("cvae", "Latent 8, short", "", "", ""),
+        ("dcgan", "baseline", "0, 1", "101.0", ""),
+        ("dcgan", "ratio 1", "0, 1", "93.0", "-8.0"),
     ]
     suite("--ablations", "tiny", "--models", "cvae")
-    assert [seeds for _, _, seeds, _, _ in table_of(tmp_path)] == ["2", "2", "2", "2"]
+    assert [seeds for _, _, seeds, _, _ in table_of(tmp_path)] == ["0, 1"] * 4
 
 
 def test_a_failed_run_is_named_and_the_table_is_made(suite, tmp_path, capsys):
@@ -403,7 +404,7 @@ def test_a_failed_run_is_named_and_the_table_is_made(suite, tmp_path, capsys):
     code, _ = suite("--ablations", "tiny", "--models", "cvae", fail=[name])
     assert code == 1
     assert f"failed: {name}: ValueError: its own" in capsys.readouterr().err
-    assert table_of(tmp_path)[1] == ("cvae", "Latent 8, short", "1", "92.0", "-8.0")
+    assert table_of(tmp_path)[1] == ("cvae", "Latent 8, short", "0", "92.0", "-8.0")
 
 
 def test_an_old_run_of_another_protocol_leaves_no_table(suite, tmp_path, capsys):

@@ -303,7 +303,7 @@ def test_another_record_gives_another_card(name, shipped, tmp_path):
 
 def test_the_card_of_a_stand_in_shows_no_numbers_until_it_may(shipped):
     card = shipped["cvae"].with_suffix(".md").read_text()  # of one epoch
-    assert "A stand-in" in card and "1 of 3 seeds" in card
+    assert "A stand-in" in card and "1 of 3 trainings" in card
     assert "| KID |" not in card and "`cvae-best.json`, holds all" in card
 
 

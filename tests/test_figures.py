@@ -60,6 +60,14 @@ def test_seconds_of_different_machines_share_no_panel():
     assert dots(cpu)["CVAE baseline"].get_fillstyle() == "none"
     assert dots(all_runs)["DCGAN best"].get_xdata()[0] == 3000
     assert "threads: 2" in cpu.get_xlabel() and "threads" not in gpu.get_xlabel()
+    assert gpu.get_xlim() == cpu.get_xlim() != all_runs.get_xlim()
+    low, high = gpu.get_xlim()
+    assert low < 3 and high > 20
+
+
+def test_small_differences_of_cost_look_small():
+    records = [record("dcgan", "best", "GPU", s, 7.0) for s in (3.0, 3.1)]
+    _, gpu = figures.quality_and_cost(records, NAMES).axes
     low, high = gpu.get_xlim()
     assert low < 3 < high and high / low == pytest.approx(4)  # not the whole width
 

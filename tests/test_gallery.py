@@ -77,7 +77,7 @@ def test_pages_of_other_data_sets_are_up_to_date_and_name_what_they_show(name):
     )
     shown, other = ("digit", "cell") if name.startswith("mnist") else ("cell", "digit")
     assert f"lie nearest to a training {shown}, " in text
-    assert f"Copies of training {shown}s: " in text or "Numbers: not measured" in text
+    assert f"Copies of training {shown}s: " in text or "Numbers: not shown" in text
     assert f"training {other}" not in text
 
 
@@ -106,7 +106,7 @@ def test_every_run_and_its_pictures_are_on_the_kept_page():
         assert record.relative_to(RESULTS).as_posix() in found
     for folder in (RESULTS / "runs").glob("*/seed0"):
         section = text.partition(f"## {folder.parent.name.replace('-', ' ')},")[2]
-        measured = "Numbers: not measured" not in section.partition("\n## ")[0]
+        measured = "Numbers: not shown" not in section.partition("\n## ")[0]
         for picture in folder.rglob("*.png"):
             shown = measured or picture.name not in gallery.OF_MEASURED
             assert (picture.relative_to(RESULTS).as_posix() in found) == shown
@@ -137,7 +137,7 @@ def test_a_reduced_run_without_enough_seeds_shows_no_numbers(results):
     for name in gallery.OF_MEASURED:
         (folder / name).write_bytes(b"distances")
     assert gallery.gallery(results) == text
-    assert "Numbers: not measured (1 of 3 seeds)" in section
+    assert "Numbers: not shown (1 of 3 trainings)" in section
     assert f"{value(results, 'ddpm-best_small', 0):.1f}" not in text
     assert "![ddpm best_small, seed 0: samples](runs/ddpm-best_small/seed0/samples.png)" in section
 

@@ -363,11 +363,18 @@ def test_no_distance_is_taken_of_too_few_cells_for_the_network(
 def test_figures_show_the_records_values(setup, tmp_path):
     record = measure(value_range, setup, tmp_path)
     figure = figures.mistake_bars(record, value_ranges(setup.cells[:3]))
-    bars, *strips = figure.axes
-    assert [bar.get_width() for bar in bars.patches[: len(record["rows"])]] == [
-        row["value"] for row in record["rows"]
-    ]
-    assert len(strips) == len(record["rows"])
+    axis, *strips = figure.axes
+    values = [row["value"] for row in record["rows"]]
+    assert len(strips) == len(values)
+    near = [{"name": str(k), "value": record["floor"] * k} for k in (1, 2)]
+    far = [*near, {"name": "far", "value": record["floor"] * 11}]
+    (bars,) = figures.mistake_bars(record | {"rows": near}).axes
+    # After the band of the floor.
+    assert [bar.get_width() for bar in bars.patches[1:]] == [row["value"] for row in near]
+    (dots,) = figures.mistake_bars(record | {"rows": far}).axes
+    assert dots.get_xscale() == "log" and bars.get_xscale() == "linear"
+    shown = [list(line.get_xdata()) for line in dots.lines if line.get_marker() == "o"]
+    assert shown == [[row["value"] for row in far]]
     sizes = measure(sample_size, setup, tmp_path)
     left = figures.sample_size(sizes).axes[0]
     assert left.get_xscale() == left.get_yscale() == "log"

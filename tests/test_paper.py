@@ -209,7 +209,7 @@ def test_larger_cells_appear_with_their_rows(copy):
     floor, *rows = rows_of("results.csv")
     row = next(r for r in rows if (r["model"], r["preset"]) == ("cwgan_gp", "best"))
     shown = row | small | {"seeds": "3", "frechet_mean": "251.04", "frechet_sd": "3.26"}
-    hidden = row | small | {"preset": "small", "frechet_mean": "", "note": "1 of 3 seeds"}
+    hidden = row | small | {"preset": "small", "frechet_mean": "", "note": "1 of 3 trainings"}
     floor |= {"dataset": "PBC", "image_size": "64"}
     write_rows(folder / "results_reduced.csv", [floor, shown, hidden])
     classes = [r | small for r in rows_of("results_per_class.csv") if r["model"] == "cwgan_gp"]

@@ -169,8 +169,8 @@ def test_budgets_are_never_mixed(budget):
     ("values", "note"),
     [
         ([100.0, 110.0, 120.0], ""),
-        ([100.0, 110.0], "not measured (2 of 3 seeds)"),
-        ([140.0, 150.0, 160.0], "not measured (not below half the mean image's distance)"),
+        ([100.0, 110.0], "not shown (2 of 3 trainings)"),
+        ([140.0, 150.0, 160.0], "not shown (not below half the mean image's distance)"),
         ([139.0, 150.0, 160.0], ""),
     ],
 )
@@ -496,7 +496,7 @@ def test_header_names_another_extractor_and_notes_stand_in_the_row(tmp_path):
     write_table(results_table(other), tmp_path, "t")
     text = (tmp_path / "t.md").read_text(encoding="utf-8")
     assert "FD (GoogLeNet-1024)" in text and "FID" not in text
-    note = "not measured (2 of 3 seeds)"
+    note = "not shown (2 of 3 trainings)"
     assert f"| ddpm | best | 2 | 1,000 | {note} | – | – | – | – | – | – |" in text
     assert "100.0" not in text and "0.75" not in text
 
@@ -527,7 +527,7 @@ def test_a_readme_gets_short_tables_of_full_and_reduced_runs(tmp_path, bad_input
         assert text.startswith("# A\n\n<!-- results: -->\n\n| Model | Preset | Seeds |")
         assert "| ddpm | best | 2 | 1,000 | 102.0 ± 2.8 (100.0 to 104.0) | 0.750 ± 0.000 |" in text
         assert "which never share a table with full ones:\n\n| Model |" in text
-        assert "| cvae | best | 2 | 1,000 | not measured (2 of 3 seeds) |" in text
+        assert "| cvae | best | 2 | 1,000 | not shown (2 of 3 trainings) |" in text
         assert text.endswith("|\n\n<!-- end of results -->\n\nAfter.\n")
         assert "old" not in text
     readme.write_text("# A\n")

@@ -69,7 +69,7 @@ def made_run(model: str, seed: int, value: float, budget: str = "full") -> tuple
         "budget": budget,
         "config": {},
         "versions": {"code": 1},
-        "dataset": {"name": "cells", "sha256": "0", "duplicates_across_splits": 2},
+        "dataset": {"name": "cells", "sha256": "0", "n": 70, "duplicates_across_splits": 2},
         "metrics": {"agreement": {"agreement": value / 2}, "frechet_distance": 1.0},
     }
     found = {**module.rules(), "n": 10, "n_test": 4}
@@ -87,11 +87,15 @@ def test_the_table_is_made_from_records(tmp_path):
     assert other["recall a_mean"] == pytest.approx(0.3)
     assert other["recall a_sd"] == pytest.approx(0.2 / 2**0.5)
     assert other["agreement_mean"] == pytest.approx(0.15)
+    # Of each training against its own real cells: 0.2 - 0.90 and 0.4 - 0.91.
+    assert other["against_real_mean"] == pytest.approx(-0.605)
+    assert other["against_real_sd"] == pytest.approx(0.19 / 2**0.5)
     paths = module.write_report(runs, tmp_path / "generators")
     assert all(path.stat().st_size for path in paths)
     text = paths[0].read_text()
     assert "| cvae best | 2 | 0.300 ± 0.141 |" in text
     assert "10 images" in text and "4 real cells" in text and "2 identical pairs" in text
+    assert "had learned from all 70 train cells, and a classifier of all of them" in text
     assert "reduced" not in text
 
 
