@@ -74,6 +74,21 @@ def run_folder(results: str | Path, model: str, preset: str, seed: int) -> Path:
     return Path(results) / "runs" / f"{model}-{preset}" / f"seed{seed}"
 
 
+def default_folder(
+    dataset: str, root: str | Path | None, size: int, model: str, preset: str, seed: int
+) -> Path:
+    """results/runs/MODEL-PRESET/seedK for BloodMNIST at 28 pixels; others have results/pbc128/…
+
+    Those of a user's own images are results/folder-NAME64/…, which git ignores.
+    """
+    if (dataset, size) == ("bloodmnist", 28):
+        return run_folder(RESULTS, model, preset, seed)
+    name = dataset.replace(":", "-")
+    if dataset == "folder" and root:
+        name = f"folder-{Path(root).resolve().name.removesuffix('.zip')}"
+    return run_folder(RESULTS / f"{name}{size}", model, preset, seed)
+
+
 class GenerativePipeline:
     """Trains, samples and measures one model with one seed.
 
@@ -114,7 +129,10 @@ class GenerativePipeline:
         if not sets:
             settings = {"image_size": usual_image_size(model, preset, dataset)} | settings
         self.config = make_config(model, preset, **settings)
-        self.out = Path(out or run_folder(RESULTS, model, preset, seed)).expanduser()
+        out = out or default_folder(
+            dataset, data_root, self.config.image_size, model, preset, seed
+        )
+        self.out = Path(out).expanduser()
         self.device = pick_device(device)
         self.precision = pick_precision(precision, self.device)
         self._checkpoint_path, self.log_dir = checkpoint_path, log_dir
@@ -181,6 +199,7 @@ class GenerativePipeline:
         self.ema = RunningMean(self.model, decay) if decay else None
         self.step, self.seconds, self.history, self.best = 0, 0.0, [], None
         self.training = None  # how it was trained; known once it is over
+        self.devices = [describe_device(self.device)]  # that it was trained on, one after another
         own = self._identity()
         self.validated_with = {name: own[name] for name in self.config.SAMPLING}
         self.kept = None  # the kept weights, where they come from their file
@@ -202,6 +221,11 @@ class GenerativePipeline:
         """
         self.check_folder()
         if not self.load_weights():
+            if self.has_lost_weights():
+                raise InputError(
+                    f"{self.record_path} has no weights.pt beside it; bring it back, delete the "
+                    "record to train anew, or choose another folder"
+                )
             with _alone_in(self.out):
                 try:
                     self._train()
@@ -362,6 +386,7 @@ class GenerativePipeline:
             "identity": self._identity(),
             "classes": list(self.sets["train"].classes),
             "precision": self.precision,
+            "devices": self.devices,
             "step": self.step,
             "seconds": self.seconds,
             "history": self.history,
@@ -401,6 +426,8 @@ class GenerativePipeline:
             self.ema.updates = int(state["ema_updates"])  # a tensor in older checkpoints
         self.step, self.seconds = state["step"], state["seconds"]
         self.history, self.best = state["history"], state["best"]
+        # In the order in which they trained; older checkpoints don't name them.
+        self.devices = list(dict.fromkeys([*state.get("devices", []), *self.devices]))
         self._take_up(state)
         if self.best and not self.config.validation_epochs:
             self._keep_the_last_step()
@@ -591,6 +618,14 @@ class GenerativePipeline:
         # Older records do not name these; they are no part of the key, which they would change.
         data, cells = record.get("dataset", {}), self._held_out_cells()
         return record if {name: data.get(name, cells[name]) for name in cells} == cells else None
+
+    def has_lost_weights(self) -> bool:
+        """Whether this very run was measured, and what it was measured from is not there any more.
+
+        The weights of large runs and of ablations, for one, come with no copy of the repository.
+        """
+        there = self.weights_path.exists() or self.checkpoint_path.exists()
+        return not there and self.finished_record() is not None
 
     def check_folder(self, extractor: features.Extractor | None = None) -> None:
         """Refuse a folder with the weights or the record of another run, which would be lost.
@@ -833,6 +868,7 @@ class GenerativePipeline:
             "precision": self.precision,
             "compiled": self.compile,
             **describe_machine(self.device),
+            "device": ", then ".join(self.devices),
         }
 
     def _record(self, metrics: dict, sampling_seconds: float) -> dict:

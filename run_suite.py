@@ -16,6 +16,7 @@ import ast
 import dataclasses
 import functools
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -26,7 +27,8 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +52,7 @@ from evaluation.train_on_generated import (
     train_on_generated,
     write_report,
 )
-from generative_pipeline import GenerativePipeline, run_folder
+from generative_pipeline import GenerativePipeline, has_bfloat16_instructions, run_folder
 from utils import (
     LOADERS,
     UPRIGHT,
@@ -259,7 +261,9 @@ def plan(rows: list[list[Task]]) -> tuple[list[Task], list[Task]]:
             record = pipeline.finished_record()
             if not record:
                 pipeline.check_folder(pipeline.extractor())
-            (done if record and _is_whole(task.target) else to_do).append(task)
+            # A run whose weights are gone can't be shown again, but it has been measured.
+            is_done = record and (_is_whole(task.target) or pipeline.has_lost_weights())
+            (done if is_done else to_do).append(task)
     return done, sorted(to_do, key=lambda task: task.parameters["seed"])
 
 
@@ -279,8 +283,20 @@ def measure_real_cells(task: Task) -> None:
     """Measure the real cells before the first run, with bars; all runs find it in the cache.
 
     task: any of the runs, which share their data. Left to the runs it would look as if they stood,
-    for minutes on a CPU, and those at the same time would each do it.
+    for minutes on a CPU, and those at the same time would each do it. A process of its own gives
+    back the memory that it took, a GPU's, too.
     """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            pool.submit(_measure_real_cells, task).result()
+        except BrokenProcessPool:
+            print(
+                "measuring them was ended (for want of memory, perhaps); each run tries anew",
+                file=sys.stderr,
+            )
+
+
+def _measure_real_cells(task: Task) -> None:
     pipeline = _pipeline(task, task.parameters["device"])
     measure_real_images(pipeline.sets, pipeline.extractor())
 
@@ -650,6 +666,9 @@ def _kept_weights(record: dict, source: Path) -> Path:
 def _trained_pipeline(record: dict, folder: Path, device: str) -> GenerativePipeline:
     """The record's run, with the weights that lie in `folder`."""
     model, preset, seed = _run(record)
+    precision = record.get("measured", {}).get("precision")  # in which it drew
+    if pick_device(device).type == "cpu" and not has_bfloat16_instructions():
+        precision = None  # another CPU may have drawn in bfloat16
     pipeline = GenerativePipeline(
         model,
         preset=preset,
@@ -657,7 +676,7 @@ def _trained_pipeline(record: dict, folder: Path, device: str) -> GenerativePipe
         dataset=record["dataset"]["source"],
         out=folder,
         device=device,
-        precision=record.get("measured", {}).get("precision"),  # in which it drew
+        precision=precision,
         **_settings(record),
     )
     pipeline.train()  # loads the weights

@@ -20,7 +20,7 @@ from pathlib import Path
 from custom_models import MODELS, make_config, usual_image_size
 from custom_models.config import ModelConfig, help_texts
 from custom_models.drawing import fill_up, load_model, write_samples
-from generative_pipeline import RESULTS, GenerativePipeline, run_folder
+from generative_pipeline import GenerativePipeline
 from utils import (
     LOADERS,
     USUAL_SIZE,
@@ -208,21 +208,6 @@ def find_data(options: argparse.Namespace) -> tuple[str, str | Path | None]:
     return recognise_data_dir(options.data_dir)
 
 
-def default_folder(
-    dataset: str, root: str | Path | None, size: int, model: str, preset: str, seed: int
-) -> Path:
-    """results/runs/MODEL-PRESET/seedK for BloodMNIST at 28 pixels; others have results/pbc128/…
-
-    Those of a user's own images are results/folder-NAME64/…, which git ignores.
-    """
-    if (dataset, size) == ("bloodmnist", 28):
-        return run_folder(RESULTS, model, preset, seed)
-    name = dataset.replace(":", "-")
-    if dataset == "folder" and root:
-        name = f"folder-{Path(root).resolve().name.removesuffix('.zip')}"
-    return run_folder(RESULTS / f"{name}{size}", model, preset, seed)
-
-
 def train(arguments: list[str]) -> None:
     options, settings = parse_training(arguments)
     dataset, root = find_data(options)
@@ -236,7 +221,7 @@ def train(arguments: list[str]) -> None:
             preset=preset,
             dataset=dataset,
             seed=seed,
-            out=options.out or default_folder(dataset, root, size, model, preset, seed),
+            out=options.out,
             data_root=root,
             extractor=options.extractor,
             device=options.device,
@@ -263,13 +248,7 @@ def train(arguments: list[str]) -> None:
     except InputError as error:
         raise InputError(f"{error}; `--extractor demo` needs no file and no download") from None
     pipeline.check_folder(pipeline.extractor())
-    finished = pipeline.finished_record()
-    if finished and options.per_class and not pipeline.weights_path.exists():
-        raise InputError(
-            f"{pipeline.record_path} has no weights.pt beside it to draw with; bring it back, or "
-            "delete the record to train anew"
-        )
-    if options.per_class or not finished:
+    if options.per_class or not pipeline.finished_record():
         # Made before the training, during which files may change, but written after it: a folder
         # that is refused keeps the list of its own run.
         listed = split_list(dataset, root) if dataset in ("folder", "pbc") else None

@@ -702,10 +702,11 @@ DEALINGS = 10_000  # of patients to the splits, tried at most
 def split_folder(source: Path) -> tuple[list[str], np.ndarray, tuple[str, ...], dict[str, list]]:
     """Names `class/file`, labels and classes of a folder or zip of images, and rows of each split.
 
-    7 : 1 : 2 of every class. Where PATIENTS (columns file, patient) lies beside the class
-    sub-folders, all images of a patient lie in one split, and the shares are near to these. Raises
-    InputError for an empty class, one that is too small for three splits, an image that this suite
-    generated, and an image without a patient.
+    7 : 1 : 2 of every class; copies of one file lie in one split. Where PATIENTS (columns file,
+    patient) lies beside the class sub-folders, all images of a patient lie in one split, and the
+    shares are near to these. Raises InputError for an empty class, one that is too small for three
+    splits, an image that this suite generated, an image without a patient and copies of one file
+    with two.
     """
     found = list_classes(source)
     for kind, files in found.items():
@@ -720,16 +721,42 @@ def split_folder(source: Path) -> tuple[list[str], np.ndarray, tuple[str, ...], 
             )
     labels = np.repeat(np.arange(len(found)), [len(files) for files in found.values()])
     classes, patient_of = tuple(found), read_patients(source)
-    parts = split_by_class(source, labels, classes)
-    if patient_of is not None:
+    sizes = [size for files in found.values() for _, size, *_ in files]
+    first = _first_copies(source, names, sizes)
+    if patient_of is None:
+        originals = np.flatnonzero(first == np.arange(len(names)))
+        parts = split_by_class(source, labels[originals], classes)
+        for split, rows in parts.items():
+            own = originals[rows]
+            copies = np.flatnonzero(np.isin(first, own) & (first != np.arange(len(names))))
+            parts[split] = [*own.tolist(), *copies.tolist()]
+    else:
         for name in names:
             if not patient_of.get(name):
                 raise InputError(
                     f"{source}: {PATIENTS} names no patient for {name}; add a line for it"
                 )
         patients = [patient_of[name] for name in names]
+        for row, other in enumerate(first):
+            if patients[row] != patients[other]:
+                raise InputError(
+                    f"{source}: {names[other]} and {names[row]} are one file of two patients; "
+                    f"remove one, or mend {PATIENTS}"
+                )
         parts = split_by_patient(source, labels, classes, patients)
     return names, labels, classes, parts
+
+
+def _first_copies(source: Path, names: list[str], sizes: list[int]) -> np.ndarray:
+    """For each file the row of the first one with the same bytes, mostly its own."""
+    of_size, first_of, first = Counter(sizes), {}, np.arange(len(names))
+    with _reader(source) as read:
+        for row, (name, size) in enumerate(zip(names, sizes, strict=True)):
+            if of_size[size] > 1:  # a file of a size of its own has no copy
+                with contextlib.suppress(*BROKEN_ARCHIVE, UnicodeDecodeError):  # told later
+                    digest = hashlib.sha256(read(name)).digest()
+                    first[row] = first_of.setdefault(digest, row)
+    return first
 
 
 def read_patients(source: Path) -> dict[str, str] | None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from custom_models.config import ModelConfig
-from custom_models.layers import CHROMA, cosine_decay, jpeg_layer, require_jpeg, update
+from custom_models.layers import CHROMA, jpeg_layer, require_jpeg, update, warmed_cosine_decay
 from custom_models.samplers import SAMPLERS, evaluations, karras_sigmas
 
 
@@ -401,8 +401,9 @@ class Model(nn.Module):
         stay in the weights.
         """
         config = self.config
-        warmth = min(1.0, images_seen / max(1, config.warmup_images))
-        return config.lr * warmth * cosine_decay(images_seen / config.decay_images)
+        return config.lr * warmed_cosine_decay(
+            images_seen, config.warmup_images, config.decay_images
+        )
 
     def evaluations(self) -> int:
         """Passes of the network for one image, by the configured sampler and guidance."""

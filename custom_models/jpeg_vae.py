@@ -28,7 +28,14 @@ from torch import Tensor, nn
 
 from custom_models import edm
 from custom_models.config import ModelConfig
-from custom_models.layers import CHROMA, JPEG, ResidualBlock, cosine_decay, repeat_last, update
+from custom_models.layers import (
+    CHROMA,
+    JPEG,
+    ResidualBlock,
+    repeat_last,
+    update,
+    warmed_cosine_decay,
+)
 
 
 @dataclass(frozen=True)
@@ -251,8 +258,9 @@ class Model(nn.Module):
     def learning_rate(self, images_seen: int) -> float:
         """Linear warm-up, and a cosine down to a fiftieth."""
         config = self.config
-        warmth = min(1.0, images_seen / max(1, config.warmup_images))
-        return config.lr * warmth * cosine_decay(images_seen / config.decay_images)
+        return config.lr * warmed_cosine_decay(
+            images_seen, config.warmup_images, config.decay_images
+        )
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, labels: Tensor) -> Tensor:

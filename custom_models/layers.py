@@ -67,6 +67,11 @@ def cosine_decay(done: float) -> float:
     return LOWEST_RATE + (1 - LOWEST_RATE) * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
 
+def warmed_cosine_decay(images_seen: int, warmup_images: int, decay_images: float) -> float:
+    """What a learning rate is multiplied by: a linear warm-up, and a cosine down to a fiftieth."""
+    return min(1.0, images_seen / max(1, warmup_images)) * cosine_decay(images_seen / decay_images)
+
+
 def sides_down_to_four(image_size: int) -> list[int]:
     """Sides in pixels from the image down to 4 or 3: 28, 14, 7, 4 or 64, 32, 16, 8, 4."""
     sides = [image_size]

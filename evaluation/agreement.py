@@ -4,6 +4,7 @@ import copy
 import hashlib
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -83,18 +84,14 @@ def train_classifier(
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
         network = SmallNetwork(len(train.classes)).to(device, memory_format=torch.channels_last)
-        try:
-            network.load_state_dict(torch.load(path, map_location=device, weights_only=True))
-        except Exception:  # none is there, or a damaged one, which raises nearly anything
-            path.unlink(missing_ok=True)
+        if not _take_up(network, path):
             _fit(network, train, val, device)
-            state = network.state_dict()
             # Runs side by side may all come here, and no two GPU trainings are equal: the first
             # one's network serves them all.
-            if not path.exists():
+            state = copy.deepcopy(network.state_dict())
+            if not _take_up(network, path):
                 write_to_cache(path, lambda partial: torch.save(state, partial))
-            if path.exists():
-                network.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+                network.load_state_dict(state)
     digest = hashlib.sha256()
     for value in network.state_dict().values():
         digest.update(value.cpu().contiguous().numpy())
@@ -102,6 +99,15 @@ def train_classifier(
     return Classifier(
         name, f"FD ({name})", digest.hexdigest(), dim, network.eval(), device, train.classes
     )
+
+
+def _take_up(network: SmallNetwork, path: Path) -> bool:
+    """Load the kept network; False where there is none, or a damaged one."""
+    try:
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception:  # a damaged file raises nearly anything
+        return False
+    return True
 
 
 def _fit(network: SmallNetwork, train: ImageSet, val: ImageSet, device: torch.device) -> None:

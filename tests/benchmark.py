@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import platform
-import resource
 import time
 
 import torch
@@ -19,7 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from custom_models import MODELS, drawing, make_config
 from evaluation import copies, features, frechet, protocol
-from generative_pipeline import CODE_VERSION, describe_device, has_bfloat16_instructions
+from generative_pipeline import (
+    CODE_VERSION,
+    describe_device,
+    describe_machine,
+    has_bfloat16_instructions,
+)
 from utils import (
     ImageSet,
     OneSentenceParser,
@@ -166,17 +170,10 @@ def benchmark_large(device: torch.device) -> list[dict]:
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "training_images_per_second": size / seconds,
                 "flop_per_image": count_flop(step) / size,
-                "peak_memory_mib": peak_memory(device),
+                "peak_memory_mib": describe_machine(device)["peak_memory_mib"],
             }
         )
     return rows
-
-
-def peak_memory(device: torch.device) -> float:
-    """MiB, of the GPU since its last reset, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def benchmark_usual_way(root: str, size: int = 128) -> float | None:
@@ -227,7 +224,7 @@ def benchmark_metrics(train: ImageSet, held_out: ImageSet, extractor: features.E
         "metrics_seconds": measured - start,
         "copies_images": len(images),
         "copies_seconds": searched - extracted,
-        "peak_memory_mib": peak_memory(torch.device("cpu")),
+        "peak_memory_mib": describe_machine(torch.device("cpu"))["peak_memory_mib"],
     }
 
 

@@ -300,6 +300,7 @@ def suite(tmp_path, monkeypatch):
         return code, list(executed)
 
     monkeypatch.setattr(Runner, "execute", execute)
+    monkeypatch.setattr(run_suite, "measure_real_cells", lambda task: None)
     monkeypatch.setitem(GRIDS, "tiny", TINY)
     monkeypatch.setenv("EXTRACTOR", "demo")  # the suite sets it; put back afterwards
     return call

@@ -325,6 +325,35 @@ def test_patients_of_a_folder_or_zip_stay_together(around, tmp_path):
         assert list(map(tuple, lines)) == [("file", "class", "split"), *listed]
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_copies_of_one_file_share_a_split(packed, tmp_path):
+    """Else a test image may be one that the generator has learned from."""
+    files = pets()
+    copies = {name.replace(".png", " copy.png"): data for name, data in files.items()}
+    both = files | copies
+    root = write_zip(tmp_path / "x.zip", both) if packed else write_folder(tmp_path / "x", both)
+    names, _, _, parts = split_folder(root)
+    assert sorted(row for rows in parts.values() for row in rows) == list(range(48))
+    for rows in parts.values():
+        own = {names[row] for row in rows}
+        assert own == {n.replace(" copy", "") for n in own} | {
+            n.replace(" copy", "").replace(".png", " copy.png") for n in own
+        }
+    alone = split_folder(write_folder(tmp_path / "alone", files))[3]
+    assert {split: len(rows) for split, rows in parts.items()} == {
+        split: 2 * len(rows) for split, rows in alone.items()
+    }
+
+
+def test_copies_of_one_file_with_two_patients_are_bad_input(tmp_path, bad_input):
+    files = pets()
+    files["dog/12.png"] = files["dog/0.png"]
+    lines = [f"{name},P{n % 13 // 2}" for n, name in enumerate(files)]
+    table = {PATIENTS: "\n".join(["file,patient", *lines]).encode()}
+    with bad_input("dog/0.png and dog/12.png are one file of two patients"):
+        split_folder(write_folder(tmp_path / "x", files | table))
+
+
 def test_a_list_of_patients_is_found_whatever_its_capitals_and_slashes(tmp_path):
     files = pets()
     lines = [f"{name},P{n % 12 // 2}" for n, name in enumerate(files)]
@@ -408,7 +437,7 @@ def test_a_folder_of_equal_names_sizes_and_times_is_another_one(tmp_path):
 
 def test_a_changed_zip_is_read_anew(tmp_path):
     first = load_dataset("folder", write_zip(tmp_path / "x.zip", FILES), 5)
-    changed = {name: png((7, 7, 40 + len(name))) for name in FILES}
+    changed = {name: png((7, 7, 40 + n)) for n, name in enumerate(FILES)}
     second = load_dataset("folder", write_zip(tmp_path / "x.zip", changed), 5)
     assert first.sha256() != second.sha256() and (second.images[:, :2] == 7).all()
 

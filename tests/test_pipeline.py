@@ -1053,6 +1053,40 @@ def test_finished_weights_count_for_more_than_a_checkpoint_of_half_the_way(make,
         assert again.evaluate()["seconds"] == finished["training"]["seconds"]
 
 
+def test_a_measured_run_whose_weights_are_gone_is_not_trained_again(make, trained, bad_input):
+    """Its record would then be of other weights than those beside it."""
+    assert not trained.has_lost_weights()
+    trained.evaluate()
+    trained.weights_path.unlink()
+    assert not make().has_lost_weights()  # the checkpoint of its end has them
+    trained.checkpoint_path.unlink()
+    assert make().has_lost_weights() and make().finished_record()
+    with bad_input(str(trained.record_path), "no weights.pt beside it", "delete the record"):
+        make().train()
+    assert not trained.weights_path.exists()
+    trained.record_path.unlink()
+    make().train()
+
+
+def test_a_training_that_went_on_elsewhere_names_both_machines(make, monkeypatch):
+    begun = make(checkpoint_seconds=0)
+
+    def stop(epoch, writer):
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+    begun._save_progress_grid = stop
+    with pytest.raises(KeyboardInterrupt):
+        begun.train()
+    first = begun.devices
+    monkeypatch.setattr("generative_pipeline.describe_device", lambda device: "another")
+    again = make()
+    again.train()
+    assert again.training["device"] == f"{first[0]}, then another"
+    assert read_weights(again)["training"]["device"] == again.training["device"]
+    assert make().devices == ["another"] != first  # of a training that has not begun
+
+
 def read_weights(pipeline: GenerativePipeline) -> dict:
     return torch.load(pipeline.weights_path, weights_only=True)
 

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -259,8 +260,11 @@ def test_a_run_measured_anew_keeps_its_image_size(monkeypatch, tmp_path):
     monkeypatch.setattr(run_suite, "GenerativePipeline", Pipeline)
     config = json.loads(json.dumps(dataclasses.asdict(make_config("cwgan_gp", "quick"))))
     record = {"model": "cwgan_gp", "preset": "quick", "seed": 0, "config": config}
-    run_suite._trained_pipeline(record | {"dataset": {"source": "pbc"}}, tmp_path, "cpu")
-    assert made["image_size"] == 28
+    record |= {"dataset": {"source": "pbc"}, "measured": {"precision": "bfloat16"}}
+    for can, precision in ((True, "bfloat16"), (False, None)):  # None: the device's usual one
+        monkeypatch.setattr(run_suite, "has_bfloat16_instructions", lambda can=can: can)
+        run_suite._trained_pipeline(record, tmp_path, "cpu")
+        assert (made["image_size"], made["precision"]) == (28, precision)
 
 
 @pytest.mark.parametrize(
@@ -309,6 +313,19 @@ def test_a_half_written_notebook_is_not_taken_for_a_finished_one(second, tmp_pat
     content["metadata"]["papermill"]["end_time"] = None
     cut.write_text(json.dumps(content))
     assert not run_suite._is_whole(cut)
+
+
+def test_a_measured_run_whose_weights_are_gone_is_not_done_again(second, tmp_path, monkeypatch):
+    """Those of large runs come with no copy of the repository, nor do all notebooks."""
+    out = shutil.copytree(second[0], tmp_path / "results")
+    for name in ("notebook.ipynb", "weights.pt", "checkpoint.pt"):
+        (run_of(out, "cvae") / name).unlink()
+    (run_of(out, "dcgan") / "notebook.ipynb").unlink()
+    to_do = []
+    monkeypatch.setattr(run_suite, "measure_real_cells", lambda task: None)
+    monkeypatch.setattr(run_suite, "run_all", lambda tasks, jobs: to_do.extend(tasks) or {})
+    assert run_suite.main([*TINY, "--out", str(out), "--models", "cvae", "dcgan"]) == 0
+    assert [task.source.stem for task in to_do] == ["dcgan"]
 
 
 def test_runs_of_another_extractor_are_refused_before_anything_starts(

@@ -31,8 +31,8 @@ from custom_models import MODELS, drawing, make_config, usual_image_size
 from custom_models.config import ModelConfig, help_texts
 from custom_models.drawing import derive_seed, labelled_grid, load_model
 from evaluation import agreement
-from generative_pipeline import RESULTS, GenerativePipeline, pick_precision
-from train import FROM_DATA, PUBLISHED_NAMES, default_folder, parse_training
+from generative_pipeline import RESULTS, GenerativePipeline, default_folder, pick_precision
+from train import FROM_DATA, PUBLISHED_NAMES, parse_training
 from utils import BLOOD_CLASSES, PBC_CLASSES, PBC_FOLDER, USUAL_SIZE, split_list
 
 ROOT = Path(__file__).parents[1]
@@ -380,6 +380,19 @@ def test_options_take_every_type_and_published_names_mean_the_same():
 def test_every_data_set_and_size_has_its_own_folder(dataset, root, size, folder):
     found = default_folder(dataset, root, size, "cvae", "best", 3)
     assert found == RESULTS / folder / "cvae-best" / "seed3"
+
+
+def test_a_notebook_s_run_of_another_size_lies_apart_too(data_root, tiny_arrays, tmp_path):
+    """Beside runs at 28 pixels it would break their tables."""
+    larger = {
+        name: np.zeros((len(part), 64, 64, 3), np.uint8) if "images" in name else part
+        for name, part in tiny_arrays.items()
+    }
+    np.savez_compressed(tmp_path / "bloodmnist_64.npz", **larger)
+    settings = {"preset": "quick", "extractor": "demo", "device": "cpu"}
+    for root, size, folder in ((data_root, 28, "runs"), (tmp_path, 64, "bloodmnist64/runs")):
+        pipeline = GenerativePipeline("cgan", data_root=root, image_size=size, **settings)
+        assert pipeline.out == RESULTS / folder / "cgan-quick" / "seed0"
 
 
 def test_a_preset_for_one_size_has_it_and_others_the_data_s():
