@@ -34,7 +34,8 @@ COMPARISONS = {
     "it says reduced, the first that were drawn.",
     "distances.png": "Fréchet distance of every training, a dot each; the dashed line is what "
     "held-out real images get.",
-    "cost.png": "Fréchet distance against images seen in training, and against seconds.",
+    "cost.png": "Fréchet distance against images seen in training, and against seconds. Machines "
+    "had other work as well, so that seconds are no best times.",
     "stability.png": "Kernel distance on the validation split as training goes on; the dot is the "
     "step that was kept, a ring the end of a published training (KID to the train split).",
 }
