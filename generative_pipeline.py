@@ -841,13 +841,18 @@ class GenerativePipeline:
         config = dataclasses.replace(self.config, **changes)
         return {name: getattr(config, name) for name in figures.SAMPLING_SETTINGS}
 
-    def nearest_training_images(self, images: torch.Tensor, k: int = 4) -> torch.Tensor:
-        """For each image the k nearest training images in feature space, uint8 [N, k, C, S, S]."""
+    def nearest_training_images(
+        self, images: torch.Tensor, k: int = 4
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """For each image the k nearest training images in feature space, and their labels.
+
+        images: uint8 [N, C, S, S]. Returns uint8 [N, k, C, S, S] and int64 [N, k].
+        """
         extractor, train = self.extractor(), self.sets["train"]
         _, indices = k_nearest(
             features.extract(images, extractor), features.extract(train.images, extractor), k
         )
-        return train.images[indices]
+        return train.images[indices], train.labels[indices]
 
     def budget(self) -> str:
         """`full`: the preset's own epochs; `reduced`: fewer, or a stand-in; `quick`: for tests."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -103,16 +104,27 @@ def _rows_of_classes(images: torch.Tensor, labels: torch.Tensor, classes: int) -
     return rows.flatten(0, 1)
 
 
-def neighbours(images: torch.Tensor, nearest: torch.Tensor) -> Figure:
+def neighbours(
+    images: torch.Tensor,
+    nearest: torch.Tensor,
+    classes: Sequence[str],
+    labels: torch.Tensor,
+    asked: torch.Tensor | None = None,
+) -> Figure:
     """Generated images in the first column, the k nearest training images beside each.
 
-    images: uint8 [N, C, S, S]; nearest: uint8 [N, k, C, S, S].
+    images: uint8 [N, C, S, S]; nearest: uint8 [N, k, C, S, S], of the classes `labels`, int64
+    [N, k]; asked: int64 [N], the classes that were asked for, named before each row.
     """
     return _side_by_side(
         [images, nearest.flatten(0, 1)],
         ["generated", "nearest training images"],
-        [],
+        [] if asked is None else [classes[label].replace(" ", "\n") for label in asked],
         columns=[1, nearest.shape[1]],
+        words=[
+            "\n".join(f"{classes[k]}: {n}" for k, n in Counter(row).most_common())
+            for row in labels.tolist()
+        ],
     )
 
 
@@ -122,13 +134,16 @@ def _side_by_side(
     row_names: Sequence[str],
     columns: list[int] | None = None,
     title_size: int = 8,
+    words: Sequence[str] = (),
 ) -> Figure:
+    """Blocks of images; row_names stand before the rows, and words behind them."""
     columns = columns or [PER_CLASS] * len(parts)
     rows = -(-len(parts[0]) // columns[0])
     lines = 1 + max(title.count("\n") for title in titles)
     above = 0.15 + 1.3 * lines * title_size / 72  # inches
     with matplotlib.rc_context(STYLE):
-        size = TILE * sum(columns) + 1.2, TILE * rows + above
+        behind = 1.4 if words else 0  # inches
+        size = TILE * sum(columns) + 1.2 + behind, TILE * rows + above
         figure = Figure(figsize=size, dpi=_dpi(parts[0]))
         axes = figure.subplots(1, len(parts), width_ratios=columns, squeeze=False)[0]
         for axis, images, title, width in zip(axes, parts, titles, columns, strict=True):
@@ -136,19 +151,18 @@ def _side_by_side(
             axis.set_title(title, fontsize=title_size)
             axis.axis("off")
         pixels = make_grid(parts[0][:1], columns=1, zoom=4).shape[0] - 4
+        style = {"va": "center", "fontsize": 7, "linespacing": 1.1}
         for row, name in enumerate(row_names):
-            axes[0].text(
-                -12,
-                (row + 0.5) * pixels,
-                name,
-                ha="right",
-                va="center",
-                fontsize=7,
-                linespacing=1.1,
-            )
+            axes[0].text(-12, (row + 0.5) * pixels, name, ha="right", **style)
+        for row, text in enumerate(words):
+            width = columns[-1] * pixels
+            axes[-1].text(width + 12, (row + 0.5) * pixels, text, ha="left", **style)
         top = 1 - above / figure.get_figheight()
         left = 0.08 if row_names else 0.01
-        figure.subplots_adjust(wspace=0.06, left=left, right=0.99, top=top, bottom=0.01)
+        if words:  # a small figure, whose margins are inches
+            left = 0.9 / figure.get_figwidth() if row_names else 0.01
+        right = 0.99 - behind / figure.get_figwidth()
+        figure.subplots_adjust(wspace=0.06, left=left, right=right, top=top, bottom=0.01)
     return figure
 
 

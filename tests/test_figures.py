@@ -228,3 +228,16 @@ def test_losses_of_another_size_have_a_panel_of_their_own():
     figure = figures.loss_curves([{"epoch": 1, **logged}, {"epoch": 2, **logged}])
     panels = [[line.get_label() for line in axis.get_lines()] for axis in figure.axes]
     assert panels == [["loss", "reconstruction"], ["kl"], ["prior loss"]]
+
+
+def test_the_classes_of_neighbours_stand_beside_them():
+    images = torch.zeros(2, 3, 28, 28, dtype=torch.uint8)
+    nearest = images[:, None].expand(-1, 3, -1, -1, -1)
+    labels = torch.tensor([[1, 0, 1], [2, 2, 2]])
+    classes = ("basophil", "immature granulocyte", "platelet")
+    names = ["immature\ngranulocyte", "platelet"]
+    for asked, expected in ((torch.tensor([1, 2]), names), (None, [])):
+        first, second = figures.neighbours(images, nearest, classes, labels, asked).axes
+        assert [text.get_text() for text in first.texts] == expected
+        words = [text.get_text() for text in second.texts]
+        assert words == ["immature granulocyte: 2\nbasophil: 1", "platelet: 3"]

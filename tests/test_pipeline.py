@@ -872,9 +872,10 @@ def test_sampling_is_done_in_evaluation_mode_and_changes_nothing(make):
 
 def test_nearest_training_images_of_training_images_are_themselves(trained):
     chosen = trained.sets["train"].images[[3, 50, 7]]
-    nearest = trained.nearest_training_images(chosen, k=3)
-    assert nearest.shape == (3, 3, 3, 28, 28)
+    nearest, labels = trained.nearest_training_images(chosen, k=3)
+    assert nearest.shape == (3, 3, 3, 28, 28) and labels.shape == (3, 3)
     assert torch.equal(nearest[:, 0], chosen)
+    assert torch.equal(labels[:, 0], trained.sets["train"].labels[[3, 50, 7]])
 
 
 # ---------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 
@@ -19,7 +20,8 @@ from custom_models import make_config
 from custom_models.config import stored_settings
 from evaluation import augmentation, features, tables, train_on_generated
 from evaluation.reference import SHIPPED, load_reference
-from generative_pipeline import run_folder
+from generative_pipeline import SETS, GenerativePipeline, run_folder
+from utils import load_dataset, to_model_range, to_uint8
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -375,6 +377,50 @@ def test_the_words_on_larger_cells_have_the_numbers_of_the_records():
     (stand_in,) = [r for r in RECORDS[page] if r["preset"] == "best_small"]
     distance = stand_in["metrics"]["frechet_distance"]
     assert f"in no comparison: it lies at a distance of {distance:.0f}, and was still" in words
+
+
+def on_bluish_ground(images: torch.Tensor) -> torch.Tensor:
+    """Whether the edge's brightest pixels are about as blue as red. images: uint8 [N, 3, S, S]."""
+    images, inside = images.float(), torch.zeros(images.shape[2:], dtype=torch.bool)
+    inside[1:-1, 1:-1] = True
+    edge = images[:, :, ~inside]
+    brightest = edge.sum(1, keepdim=True).topk(20).indices.expand(-1, 3, -1)
+    red, _, blue = edge.gather(2, brightest).mean(2).unbind(1)
+    return blue > red - 5
+
+
+def test_the_readmes_words_on_bluish_grounds_have_the_numbers_of_the_images(real_data_root):
+    words = words_of_the_pages()
+    real = {name: load_dataset("bloodmnist", real_data_root, 28, name) for name in SETS}
+    if real["train"].name != "BloodMNIST (rebuilt)":
+        pytest.skip("the file of the results is not here")
+    bluish = {name: on_bluish_ground(part.images) for name, part in real.items()}
+    found = {name: int(mask.sum()) for name, mask in bluish.items()}
+    sentence = "{} of the {:,} training cells and {} of the {:,} held-out ones, of every class but"
+    counts = found["train"], len(bluish["train"]), found["held_out"], len(bluish["held_out"])
+    assert sentence.format(*counts) in words
+    classes = real["train"].labels[bluish["train"]].unique().tolist()
+    assert [real["train"].classes[k] for k in range(8) if k not in classes] == ["platelet"]
+    # The first 64 of a conditional model show every class equally often.
+    shares = [bluish["train"][real["train"].labels == k].float().mean() for k in range(8)]
+    assert round(320 * float(sum(shares)) / 8) == 10 and "where about ten would be" in words
+    drawn = {}
+    for model in ("ddpm", "cvae", "dcgan", "cwgan_gp"):
+        folders = sorted((RESULTS / "runs" / f"{model}-best").glob("seed*/samples.npz"))
+        images = [torch.from_numpy(np.load(path)["images"]) for path in folders]
+        drawn[model] = [int(on_bluish_ground(torch.cat(images)).sum()), len(torch.cat(images))]
+    assert drawn == {"ddpm": [6, 320], "cvae": [0, 320], "dcgan": [0, 320], "cwgan_gp": [0, 320]}
+    assert "Among the first 320 images of diffusion's `best`, 64 of each training, six do," in words
+    val = real["val"]
+    pipeline = GenerativePipeline("cvae", "best", sets=real, seed=0, device="cpu")
+    pipeline.train()  # loads the weights
+    chosen = bluish["val"]
+    with torch.inference_mode():
+        again = pipeline.kept_model().reconstruct(
+            to_model_range(val.images[chosen]), val.labels[chosen]
+        )
+    assert not on_bluish_ground(to_uint8(again)).any()
+    assert f"none of {found['val']} of the validation split keeps its own." in words
 
 
 def study_rows(name: str) -> dict[tuple[str, str, str], dict]:
