@@ -650,6 +650,14 @@ def test_findings_have_the_numbers_of_the_grid_of_best():
     assert set(dcgan) == {"no JPEG", "no EMA"} and set(cwgan_gp) == {"no EMA"}
     assert not changed(rows, "ddpm")
     assert "Seven rows of the [table of ablations]" in words
+    gains = {(r["model"], r["ablation"]): r for r in rows if r["difference_sd"]}
+    sure = {key for key, r in gains.items() if r["difference_mean"] > 2.5 * r["difference_sd"]}
+    sampling = {("cvae", name) for name in ("normal prior", "temperature 1", "temperature 0")}
+    assert sure == sampling | {("cwgan_gp", "no EMA")}
+    two = [gains["dcgan", name] for name in ("no EMA", "no JPEG")]
+    assert all(min(json.loads(r["differences"]).values()) > 0 for r in two)
+    spread = ["+{difference_mean:.0f} ± {difference_sd:.0f}".format(**r) for r in two]
+    assert "DCGAN's two rows ({} and {}) go the same way in all".format(*spread) in words
     assert len({own for _, own in cvae.values()}) == 1  # the same seeds
     assert int(cvae["no EMA"][0]) < int(cvae["no EMA"][1])
     assert "its `best` lies at {} instead of {},".format(*cvae["normal prior"]) in words
