@@ -694,8 +694,38 @@ def test_findings_have_the_numbers_of_the_grid_of_best():
 
 
 def test_findings_have_the_numbers_of_the_published_grid():
-    words, cvae = words_of_the_pages(), changed(rows_of_grid("published"), "cvae")
-    assert set(cvae) == {"KL weight 1"} and "one is measured:" in words
+    words, rows = words_of_the_pages(), rows_of_grid("published")
+    cvae, kl = changed(rows, "cvae"), ("KL weight 0.25", "KL weight 0.5", "KL weight 1")
+    assert set(cvae) == {*kl, "latent 16", "latent 128", "epochs 50"}
+    assert not changed(rows, "dcgan") and not changed(rows, "ddpm")
+    assert "six are measured, each over three trainings." in words
+    (usual,) = {own for _, own in cvae.values()}  # of the same seeds
+    weights = [cvae[kl[0]][0], cvae[kl[1]][0], usual, cvae[kl[2]][0]]
     assert (
-        "the CVAE's `baseline` lies at {} instead of {} over".format(*cvae["KL weight 1"]) in words
+        "{}, {}, {} and {} at weights of 0.25, 0.5, 0.75 (as published) and 1:".format(*weights)
+        in words
     )
+    folders = [RESULTS / "ablations/published" / f"cvae-baseline-{w}" for w in KL_FOLDERS]
+    folders.insert(2, RESULTS / "runs" / "cvae-baseline")
+    nats = [statistics.mean(last_kl(folder)) for folder in folders]
+    assert "in them ({:.0f}, {:.0f}, {:.0f} and {:.0f} nats)".format(*nats) in words
+    sentence = "16 latents instead of 64 lie at {}, 128 at {},"
+    assert sentence.format(cvae["latent 16"][0], cvae["latent 128"][0]) in words
+    wide = RESULTS / "ablations/published" / "cvae-baseline-latent-128"
+    assert round(statistics.mean(last_kl(wide))) == round(nats[2])
+    assert f"codes hold {nats[2]:.0f} nats with either" in words
+    assert f"half as many epochs at {cvae['epochs 50'][0]}." in words
+    for row in rows:
+        if row["difference_sd"]:
+            sure = abs(row["difference_mean"]) > 2.5 * row["difference_sd"]
+            assert sure == (row["ablation"] in UNDOUBTED)
+
+
+KL_FOLDERS = ("kl-weight-0.25", "kl-weight-0.5", "kl-weight-1")
+UNDOUBTED = ("KL weight 0.25", "KL weight 0.5", "KL weight 1", "latent 16", "epochs 50")
+
+
+def last_kl(folder: Path) -> list[float]:
+    """In nats an image, of the last epoch of the first three trainings."""
+    records = [json.loads((folder / f"seed{k}" / "record.json").read_text()) for k in range(3)]
+    return [record["history"][-1]["kl"] for record in records]
