@@ -410,7 +410,7 @@ def test_a_checkpoint_holds_plain_types_and_plain_keys(make):
     pipeline.train()
     state = torch.load(pipeline.checkpoint_path, weights_only=True)
     assert state.keys() == {
-        *("format", "identity", "step", "seconds", "history"),
+        *("format", "identity", "step", "seconds", "history", "devices"),
         *("classes", "precision", "model", "ema", "ema_updates", "optimizers", "best", "training"),
     }
     for weights in (state["model"], state["ema"], state["best"]["state"]):
