@@ -276,7 +276,8 @@ def test_ablations_appear_with_their_rows(copy):
     folder = copy / "results/ablations/published"
     folder.mkdir(parents=True, exist_ok=True)
     numbers = {"frechet_mean": "1700.04", "frechet_sd": "", "kid_mean": "88.1", "kid_sd": ""}
-    row = {"model": "cvae", "ablation": "latent 32", "seeds": "1", "difference": "-55.0"} | numbers
+    row = {"model": "cvae", "ablation": "latent 32", "seeds": "0"} | numbers
+    row |= {"difference_mean": "-55.0", "difference_sd": ""}
     row |= {"settings": '{"latent_dim": 32}'}
     missing = row | {"ablation": "never trained", "frechet_mean": ""}
     alone = row | {"model": "dcgan", "ablation": "never changed", "settings": "{}"}
