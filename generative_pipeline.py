@@ -217,7 +217,8 @@ class GenerativePipeline:
 
         A finished training, whose weights were kept, is loaded. Data order and noise are functions
         of (seed, step), so that a resumed training equals an uninterrupted one. Raises InputError
-        if the loss stops being finite, and where another process trains in the same folder.
+        if the loss stops being finite, where another process trains in the same folder, and for a
+        run that was measured and whose weights are gone.
         """
         self.check_folder()
         if not self.load_weights():

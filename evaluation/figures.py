@@ -516,7 +516,7 @@ def ablations(rows: list[dict]) -> Figure:
                 if dots:
                     axis.plot(row["difference_mean"], place, "|", color="black", markersize=10)
             names = [
-                row["ablation"] + (" (not measured)" if row["difference_mean"] is None else "")
+                row["ablation"] + (" (not measured)" if row["frechet_mean"] is None else "")
                 for row in group
             ]
             axis.set_ylim(len(group) - 0.5, -0.5)

@@ -416,8 +416,8 @@ def write_ablation_table(rows: list[dict], folder: str | Path) -> None:
         _rules(rows[0]),
         "Difference: of each training's distance from that of the same seed in that first row, "
         "mean ± sd over the seeds that both have. Three differences are beyond chance (Student's "
-        "t, two-sided, one comparison at 5 %) where their mean is above 2.5 times their sd, five "
-        "where it is above 1.2 times.",
+        "t, two-sided, one comparison at 5 %) where their mean is, in size, above 2.5 times "
+        "their sd, five where it is above 1.2 times.",
         *_machines(rows, lambda row: f"{row['model']} {row['ablation']}"),
         *_notes(rows),
     ]

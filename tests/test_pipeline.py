@@ -461,17 +461,22 @@ def test_a_checkpoint_that_cannot_be_read_is_not_called_broken(make, bad_input):
         pipeline.train()
 
 
+def interrupt(pipeline: GenerativePipeline, at_epoch: int) -> None:
+    """Train until then, epochs counted from 0."""
+
+    def stop(epoch, writer):
+        if epoch == at_epoch:
+            raise KeyboardInterrupt
+
+    pipeline._save_progress_grid = stop
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.train()
+
+
 def test_a_training_goes_on_with_the_extractor_that_chose_its_best_step(make, bad_input):
     settings = {"epochs": 4, "validation_epochs": 1}
     begun = make(checkpoint_seconds=0, **settings)
-
-    def stop(epoch, writer):
-        if epoch == 2:
-            raise KeyboardInterrupt
-
-    begun._save_progress_grid = stop
-    with pytest.raises(KeyboardInterrupt):
-        begun.train()
+    interrupt(begun, at_epoch=2)
     before = begun.checkpoint_path.read_bytes()
     with bad_input(str(begun.checkpoint_path), "another extractor", "go on with that one"):
         make(extractor="demo", **settings).train()
@@ -1071,14 +1076,7 @@ def test_a_measured_run_whose_weights_are_gone_is_not_trained_again(make, traine
 
 def test_a_training_that_went_on_elsewhere_names_both_machines(make, monkeypatch):
     begun = make(checkpoint_seconds=0)
-
-    def stop(epoch, writer):
-        if epoch == 1:
-            raise KeyboardInterrupt
-
-    begun._save_progress_grid = stop
-    with pytest.raises(KeyboardInterrupt):
-        begun.train()
+    interrupt(begun, at_epoch=1)
     first = begun.devices
     monkeypatch.setattr("generative_pipeline.describe_device", lambda device: "another")
     again = make()
