@@ -156,7 +156,7 @@ def floor_at(floors: tuple[dict, ...], n: int) -> dict:
     """What real cells get at n images, between two measured numbers; None beyond them.
 
     A sampling error shrinks as 1/n (Chong and Forsyth 2020, sec. 3), so the numbers are linear in
-    it, but for coverage, which grows with every image that comes.
+    it, but for coverage, which grows with every image that comes, ever more slowly: about as log n.
     """
     result = {"n": n}
     for name in [name for name in floors[0] if name != "n"] if floors else ():
@@ -165,7 +165,7 @@ def floor_at(floors: tuple[dict, ...], n: int) -> dict:
         if not known or not numbers[0] <= n <= numbers[-1]:
             result[name] = None
         elif name == "coverage":
-            result[name] = float(np.interp(n, numbers, values))
+            result[name] = float(np.interp(np.log(n), np.log(numbers), values))
         else:
             result[name] = float(np.interp(-1 / n, [-1 / x for x in numbers], values))
     return result

@@ -26,7 +26,7 @@ import torch
 from evaluation import classification, figures, significance
 from evaluation.copies import TURNS, turned
 from evaluation.neighbours import distances
-from evaluation.tables import mean_and_sd, number, write_rows
+from evaluation.tables import mean_and_sd, number, p_value, write_rows
 from utils import (
     PATIENTS,
     SPLITS,
@@ -770,8 +770,10 @@ def _difference(
 
 
 def _verdict(p: float | None, difference: float | None, folds: int) -> str:
-    if p is None or folds < FOLDS:
+    if folds < FOLDS:
         return "too few folds"
+    if p is None:
+        return "no spread to test with"  # the same difference in each
     if p >= LEVEL:
         return "within the noise"
     return "better" if difference > 0 else "worse"
@@ -821,7 +823,7 @@ def markdown(records: list[dict], rows: list[dict]) -> str:
         lines.append("|---|---:|---:|---:|---|")
         lines += [
             f"| {row['classifier']} | {row['folds']} × {row['seeds']} | {_difference_cell(row)} | "
-            f"{_p(row['p_holm'])} | {row['verdict']} |"
+            f"{p_value(row['p_holm'])} | {row['verdict']} |"
             for row in primary
         ]
         parts.append("\n".join(lines))
@@ -857,7 +859,7 @@ def _arm_table(rows: list[dict], compared: bool = True) -> str:
             for name in SCORES
         ]
         if compared:
-            cells += [_difference_cell(row), _p(row["p_holm"]), row["verdict"] or "–"]
+            cells += [_difference_cell(row), p_value(row["p_holm"]), row["verdict"] or "–"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -918,7 +920,3 @@ def _difference_cell(row: dict) -> str:
         return "–"
     interval = "" if row["low"] is None else f" [{row['low']:+.3f}, {row['high']:+.3f}]"
     return f"{row['difference']:+.3f}{interval}"
-
-
-def _p(value: float | None) -> str:
-    return "< 0.001" if value is not None and value < 0.001 else number(value, ".3f")

@@ -11,6 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 from urllib.parse import quote
 
+from evaluation.per_class import trainings_markdown
 from evaluation.protocol import Protocol
 from evaluation.tables import (
     BUDGETS,
@@ -213,6 +214,7 @@ def _run(results: Path, row: dict, folders: dict[int, Path]) -> list[str]:
         *numbers,
         *_progress(results, folder, name),
         *_pictures(results, folder, pictures, name),
+        *_classes(row, folders),
         *_other_seeds(results, folders, seed),
     ]
 
@@ -233,6 +235,15 @@ def _progress(results: Path, folder: Path, name: str) -> list[str]:
             for cells in (map(str, percents), [":-:"] * len(paths), images)
         ),
     ]
+
+
+def _classes(row: dict, folders: dict[int, Path]) -> list[str]:
+    """The classes' own numbers over trainings, where several have them and they may be shown."""
+    paths = [folder / "per_class.json" for folder in folders.values()]
+    records = [_read(path) for path in paths if path.exists()]
+    if len(records) < 2 or row["note"].startswith(WITHOUT_NUMBERS):
+        return []
+    return ["Every class by itself, over trainings:", trainings_markdown(records)]
 
 
 def _other_seeds(results: Path, folders: dict[int, Path], shown: int) -> list[str]:

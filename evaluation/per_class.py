@@ -12,7 +12,7 @@ import torch
 from evaluation.features import Extractor, extract
 from evaluation.frechet import frechet_distance, gaussian_statistics
 from evaluation.protocol import Protocol, measure
-from evaluation.tables import number
+from evaluation.tables import mean_and_sd, number
 from utils import ImageSet, InputError, in_words_of
 
 VERSION = 1  # raise it when a class's row has other numbers than before
@@ -30,6 +30,14 @@ PUBLISHED_FID = {
 }
 FLOOR = ("kid", "kid_standard_error")  # what held-out cells are few enough to bear
 MEANS = ("kid", "frechet_distance", "precision", "recall")
+PROTOCOLS = ("protocol", "published_protocol")
+FORMATS = {  # of a mean over trainings, and of its sd
+    "kid": (".4g", ".2g"),
+    "frechet_distance": (".1f", ".1f"),
+    "precision": (".3f", ".3f"),
+    "recall": (".3f", ".3f"),
+    "published": (".1f", ".1f"),
+}
 
 
 def evaluate_per_class(
@@ -192,6 +200,49 @@ def per_class_markdown(record: dict) -> str:
         "were published under that protocol, and beside no other column."
     )
     return in_words_of(rules["dataset"], "\n".join(lines) + f"\n\n{words}\n")
+
+
+def trainings_markdown(records: list[dict]) -> str:
+    """The same numbers over several trainings of one preset, as a Markdown table.
+
+    records: what `evaluate_per_class` returned, one for each training; mean ± sd (ddof = 1) over
+    them, in the last row of each training's mean over the classes. Raises InputError for records of
+    different protocols.
+    """
+    first = records[0]
+    rules, distance = first["protocol"], first["distance_name"]
+    if any(record[kind] != first[kind] for record in records for kind in PROTOCOLS):
+        raise InputError("class tables of different protocols can't share a table")
+    titles = ["n real", "KID", distance, "Precision", "Recall", "n, published protocol"]
+    titles += [f"{distance}, published protocol"]
+    lines = [f"| Class | {' | '.join(titles)} |", "|---|" + "---:|" * len(titles)]
+    for rows in zip(*(record["per_class"] for record in records)):
+        values = {name: [row[name] for row in rows] for name in MEANS}
+        values["published"] = [row["published"]["frechet_distance"] for row in rows]
+        cells = _over_trainings(values, f"{rows[0]['n_real']:,}", f"{rows[0]['published']['n']:,}")
+        lines.append(f"| {rows[0]['class']} | {cells} |")
+    names = (*MEANS, "published")
+    values = {name: [record["mean"][name]["value"] for record in records] for name in names}
+    lines.append(f"| **mean** | {_over_trainings(values, '', '')} |")
+    n = rules["n_fake"] // len(first["per_class"])
+    keys = [Protocol(**first[kind]).key() for kind in PROTOCOLS]
+    words = (
+        f"Mean ± sd over {len(records)} trainings, {n:,} images of each class from each; protocols "
+        f"{', '.join(keys)}, whose rules stand below each training's own table."
+    )
+    return in_words_of(rules["dataset"], "\n".join(lines) + f"\n\n{words}")
+
+
+def _over_trainings(values: dict, n_real: str, n_published: str) -> str:
+    shown = {}
+    for name, numbers in values.items():
+        found = mean_and_sd(name, numbers)
+        mean_format, sd_format = FORMATS[name]
+        shown[name] = number(found[f"{name}_mean"], mean_format)
+        if found[f"{name}_sd"] is not None:
+            shown[name] += f" ± {found[f'{name}_sd']:{sd_format}}"
+    means = [shown[name] for name in MEANS]
+    return " | ".join([n_real, *means, n_published, shown["published"]])
 
 
 def _mean_cell(mean: dict, form: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from custom_models import make_config
 from custom_models.ablations import Ablation
 from custom_models.config import stored_settings
+from evaluation import significance
 from evaluation.protocol import Protocol
 from utils import (
     UPRIGHT,
@@ -341,8 +342,10 @@ def ablation_table(runs: list[tuple[Ablation, list[dict]]]) -> list[dict]:
 
     runs: every row of the grid with the records of its trainings, an empty list where it was not
     run (its numbers are None then). differences: for each seed that both have, the Fréchet distance
-    minus that of the model's row without settings, as JSON, and their mean and sd; none for that
-    row itself. Budgets may differ, since epochs may be what a row changes; `images_seen` tells.
+    minus that of the model's row without settings, as JSON, their mean and sd, and p of Student's
+    two-sided t-test of a mean of zero, plain and adjusted for all rows that have one (Holm 1979);
+    none for that row itself. floor_frechet: what held-out real cells get. Budgets may differ, since
+    epochs may be what a row changes; `budget` and `images_seen` tell.
     Raises InputError where there are no records at all, for mixed protocols, for a seed that comes
     twice and for runs of one row with different configurations.
     """
@@ -352,10 +355,12 @@ def ablation_table(runs: list[tuple[Ablation, list[dict]]]) -> list[dict]:
     _check_same_protocol(metrics)
     _check_same_metrics([record for _, records in runs for record in records])
     unchanged = {a.model: _distances(records) for a, records in runs if not a.settings}
-    return [
+    rows = [
         _ablation_row(ablation, records, unchanged[ablation.model], metrics[0])
         for ablation, records in runs
     ]
+    adjusted = significance.holm([row["difference_p"] for row in rows])
+    return [row | {"difference_p_holm": p} for row, p in zip(rows, adjusted)]
 
 
 def _distances(records: list[dict]) -> dict[int, float]:
@@ -376,6 +381,10 @@ def _ablation_row(
         for seed, distance in _distances(records).items()
         if ablation.settings and seed in unchanged
     }
+    values = list(differences.values())
+    # The seeds' trainings share nothing but their data, so no variance has to be corrected.
+    tested = significance.paired(values, math.inf, 1) if values else {"p": None}
+    floor = _at(metrics, ("floor", "frechet_distance"))
     return {
         "model": model,
         "preset": preset,
@@ -384,10 +393,13 @@ def _ablation_row(
         "what": ablation.what,
         **_columns(model, preset, protocol.dataset, metrics),
         "seeds": ", ".join(map(str, sorted(record["seed"] for record in records))),
+        "budget": records[0]["budget"] if records else "",
         "images_seen": records[0]["images_seen"] if records else None,
+        "floor_frechet": floor,
         **_means([record["metrics"] for record in records], ABLATION),
         "differences": json.dumps(differences),
-        **mean_and_sd("difference", list(differences.values())),
+        **mean_and_sd("difference", values),
+        "difference_p": tested["p"],
         "trained_on": _trained_on(records) if records else "",
         "note": protocol.frechet_warning if records else "not measured",
     }
@@ -395,29 +407,33 @@ def _ablation_row(
 
 def write_ablation_table(rows: list[dict], folder: str | Path) -> None:
     """Write the rows of `ablation_table` as table.csv and table.md into `folder`."""
-    columns = (*ABLATION[:1], DIFFERENCE, *ABLATION[1:])
-    titles = [column.title or rows[0]["distance_name"] for column in columns]
+    name, floor = rows[0]["distance_name"], rows[0]["floor_frechet"]
+    titles = [name, DIFFERENCE.title, "p (Holm)", *(column.title for column in ABLATION[1:])]
     lines = [
         f"| Model | Change | What it is | Seeds | Images seen | {' | '.join(titles)} |",
         "|---|---|---|---:|---:|" + "---:|" * len(titles),
     ]
     for row in rows:
-        cells = [_cell(row, column) for column in columns]
+        distance, *others = [_cell(row, column) for column in ABLATION]
+        cells = [distance, _cell(row, DIFFERENCE), p_value(row["difference_p_holm"]), *others]
         if row["note"].startswith(WITHOUT_NUMBERS):
             cells[0] = row["note"]
         lines.append(
             f"| {row['model']} | {row['ablation']} | {row['what'] or '–'} | {row['seeds'] or '–'} "
             f"| {number(row['images_seen'], ',')} | {' | '.join(cells)} |"
         )
+    shorter = [f"{row['model']} {row['ablation']}" for row in rows if row["budget"] == "reduced"]
     parts = [
         "Ablations: changed settings, each against the same model's preset as it is, its first row "
         "here. The table of results is another one.",
         "\n".join(lines),
         _rules(rows[0]),
         "Difference: of each training's distance from that of the same seed in that first row, "
-        "mean ± sd over the seeds that both have. Three differences are beyond chance (Student's "
-        "t, two-sided, one comparison at 5 %) where their mean is, in size, above 2.5 times "
-        "their sd, five where it is above 1.2 times.",
+        "mean ± sd over the seeds that both have. p: of Student's two-sided t-test that this mean "
+        "is zero, adjusted for all comparisons of the table (Holm); below 0.05 it is called beyond "
+        "chance.",
+        f"{name} of held-out real images (floor): {number(floor, '.1f')}.",
+        *([f"At a reduced budget, which is the change: {', '.join(shorter)}."] if shorter else []),
         *_machines(rows, lambda row: f"{row['model']} {row['ablation']}"),
         *_notes(rows),
     ]
@@ -499,6 +515,11 @@ def _at(metrics: dict, path: tuple[str, ...]):
 def number(value: float | None, form: str) -> str:
     """A number of a table in Python's format `form`; a dash for one that was not measured."""
     return "–" if value is None else f"{value:{form}}"
+
+
+def p_value(value: float | None) -> str:
+    """A p-value of a table: three digits, or that it is below them."""
+    return "< 0.001" if value is not None and value < 0.001 else number(value, ".3f")
 
 
 def split_table(sets: list[ImageSet]) -> str:
@@ -646,12 +667,13 @@ def _stored_as(config: dict) -> str:
 
 
 def _trained_on(group: list[dict]) -> str:
-    """Device and precision of a row's trainings, with their number where they differ."""
+    """Device and precision of a row's trainings, and how many where they differ."""
     places = Counter()
     for record in group:
         # Records from before the precision could be chosen have that of their device.
         usual = "float32" if record["device"].lower().startswith("cpu") else "bfloat16"
-        places[f"{record['device']} in {record.get('precision', usual)}"] += 1
+        compiled = ", compiled" * record.get("compiled", False)
+        places[f"{record['device']} in {record.get('precision', usual)}{compiled}"] += 1
     if len(places) == 1:
         return next(iter(places))
     return ", ".join(f"{n} on {place}" for place, n in sorted(places.items()))
@@ -758,7 +780,7 @@ def _verdict(metrics: list[dict]) -> str:
 def _nearer_than_real(authpct: float | None, ct: float | None, n: int, floor: dict) -> str:
     """By which numbers n images lie nearer to training cells than real ones do, if by any.
 
-    AuthPct by more than three standard errors; C_T where it is below -3 and below real cells'.
+    AuthPct by more than three standard errors; C_T where it is below -3, of real cells expected 0.
     """
     real = floor.get("copies", {})
     names = []
@@ -767,8 +789,8 @@ def _nearer_than_real(authpct: float | None, ct: float | None, n: int, floor: di
         shares = (authpct, n), (real["authpct"], n_real)
         error = math.sqrt(sum(p * (100 - p) / size for p, size in shares))
         names += ["AuthPct"] * (authpct < real["authpct"] - SURE * error)
-    if None not in (ct, real.get("ct")):
-        names += ["C_T"] * (ct < min(-SURE, real["ct"]))
+    if ct is not None:
+        names += ["C_T"] * (ct < -SURE)
     return " and ".join(names)
 
 
@@ -811,7 +833,7 @@ def _machines(rows: list[dict], name) -> list[str]:
     machines.pop("", None)  # of real cells, and of rows that were not run
     if len(machines) == 1 and not any(" on " in place for place in machines):
         return []
-    words = "Not all were trained on the same device or in the same precision"
+    words = "Not all were trained alike, on the same device and in the same precision"
     places = (f"{', '.join(names)}: {place}" for place, names in machines.items())
     return [f"{words} ({'; '.join(places)})."]
 

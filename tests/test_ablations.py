@@ -7,6 +7,7 @@ import math
 
 import nbformat
 import pytest
+from scipy.stats import ttest_1samp
 
 import run_suite
 from custom_models import make_config
@@ -32,7 +33,7 @@ PROTOCOL = Protocol(
 
 
 def record(seed: int, frechet: float | None, **other) -> dict:
-    """A run that the main table would not show: it is reduced, and its loss still falls."""
+    """A run that the main table would not show: its loss still falls."""
     return {
         "model": "cvae",
         "preset": "baseline",
@@ -45,10 +46,11 @@ def record(seed: int, frechet: float | None, **other) -> dict:
             "precision": 0.75,
             "recall": 0.5,
             "ceilings": {"mean_image": 300.0},
+            "floor": {"frechet_distance": 20.0 if frechet else None},
             "distance_name": "FID",
             "protocol": PROTOCOL,
         },
-        "budget": "reduced",
+        "budget": "full",
         "images_seen": 1_190_400,
         "seconds": 60.0,
         "device": "cpu",
@@ -62,7 +64,7 @@ def change(name: str, model: str = "cvae", **settings) -> Ablation:
 
 def rows_of_two_models() -> list[dict]:
     """The CVAE: 100 ± 10, 130 ± √50, 95 once, and no run; the DCGAN: no run, and 200 once."""
-    half = {"config": {"epochs": 10}, "images_seen": 595_200}
+    half = {"config": {"epochs": 10}, "images_seen": 595_200, "budget": "reduced"}
     return ablation_table(
         [
             (change("baseline"), [record(0, 90.0), record(1, 100.0), record(2, 110.0)]),
@@ -152,24 +154,39 @@ def test_means_and_differences_from_the_own_baseline():
     assert {r["protocol"] for r in rows} == {Protocol(**PROTOCOL).key()}
 
 
+def test_p_of_differences_is_students_and_adjusted_for_all_rows():
+    own = [record(seed, 100.0) for seed in range(3)]
+    near = [record(seed, distance) for seed, distance in enumerate((101.0, 102.0, 106.0))]
+    far = [record(seed, distance) for seed, distance in enumerate((110.0, 111.0, 112.0))]
+    runs = [(change("baseline"), own), (change("a", lr=1.0), near), (change("b", lr=2.0), far)]
+    first, *changed = ablation_table(runs)
+    assert (first["difference_p"], first["difference_p_holm"]) == (None, None)
+    expected = [ttest_1samp(values, 0).pvalue for values in ((1, 2, 6), (10, 11, 12))]
+    assert [row["difference_p"] for row in changed] == pytest.approx(expected)
+    holm = [expected[0], 2 * expected[1]]  # the smaller one twice, the other alone
+    assert [row["difference_p_holm"] for row in changed] == pytest.approx(holm)
+
+
 def test_written_table(tmp_path):
     write_ablation_table(rows_of_two_models(), tmp_path)
     lines = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
     start = next(k for k, line in enumerate(lines) if line.startswith("| Model"))
-    measures = "FID | Difference | KID | Precision | Recall"
+    measures = "FID | Difference | p (Holm) | KID | Precision | Recall"
     assert lines[start] == f"| Model | Change | What it is | Seeds | Images seen | {measures} |"
-    gain, one = "+35.0 ± 0.0", "0.25 | 0.750 | 0.500"
+    gain, one = "+35.0 ± 0.0 | –", "0.25 | 0.750 | 0.500"
     several = "0.25 ± 0 | 0.750 ± 0.000 | 0.500 ± 0.000"
     assert lines[start + 2 : start + 8] == [
-        f"| cvae | baseline | – | 0, 1, 2 | 1,190,400 | 100.0 ± 10.0 | – | {several} |",
+        f"| cvae | baseline | – | 0, 1, 2 | 1,190,400 | 100.0 ± 10.0 | – | – | {several} |",
         f"| cvae | latent 8 | its latent 8 | 0, 1 | 1,190,400 | 130.0 ± 7.1 | {gain} | {several} |",
-        f"| cvae | half | its half | 0 | 595,200 | 95.0 | +5.0 | {one} |",
-        "| cvae | lr 1 | its lr 1 | – | – | not measured | – | – | – | – |",
-        "| dcgan | baseline | – | – | – | not measured | – | – | – | – |",
-        f"| dcgan | latent 8 | its latent 8 | 0 | 1,190,400 | 200.0 | – | {one} |",
+        f"| cvae | half | its half | 0 | 595,200 | 95.0 | +5.0 | – | {one} |",
+        "| cvae | lr 1 | its lr 1 | – | – | not measured | – | – | – | – | – |",
+        "| dcgan | baseline | – | – | – | not measured | – | – | – | – | – |",
+        f"| dcgan | latent 8 | its latent 8 | 0 | 1,190,400 | 200.0 | – | – | {one} |",
     ]
     text = "\n".join(lines)
     assert text.startswith("Ablations") and "5,133 images" in text and "device" not in text
+    assert "\nFID of held-out real images (floor): 20.0.\n" in text
+    assert text.endswith("\nAt a reduced budget, which is the change: cvae half.")
     with open(tmp_path / "table.csv", encoding="utf-8", newline="") as file:
         written = list(csv.DictReader(file))
     assert [r["settings"] for r in written[:3]] == ["{}", '{"latent_dim": 8}', '{"epochs": 10}']
@@ -185,7 +202,11 @@ def test_too_few_images_for_a_distance_leave_no_difference(tmp_path):
     assert (first["frechet_mean"], second["difference_mean"]) == (None, None)
     write_ablation_table(rows, tmp_path)
     text = (tmp_path / "table.md").read_text(encoding="utf-8")
-    assert "| 0 | 1,190,400 | – | – | 0.25 |" in text and "not measured" not in text
+    assert (
+        "| 0 | 1,190,400 | – | – | – | 0.25 |" in text
+        and "(floor): –." in text
+        and "not measured" not in text
+    )
     assert "Fréchet distance at n = 400 in 2048 dimensions" in text
 
 

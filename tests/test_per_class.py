@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import statistics
 
 import pytest
 import torch
@@ -179,6 +180,28 @@ def test_the_table_shows_both_protocols_under_their_names(sets, eight):
     assert table["**mean**"][4].endswith("(n = 1)")
     for key in ("protocol", "published_protocol"):
         assert Protocol(**record[key]).key() in text
+
+
+def test_several_trainings_share_a_table_of_means_and_deviations(sets, eight, bad_input):
+    pair = [per_class.evaluate_per_class(*draw(30, seed), sets, eight) for seed in (7, 8)]
+    text = per_class.trainings_markdown(pair)
+    table = cells_of(text)
+
+    def shown(values: list[float], mean_format: str, sd_format: str) -> str:
+        return f"{statistics.mean(values):{mean_format}} ± {statistics.stdev(values):{sd_format}}"
+
+    for many, other in zip(*(rows(record) for record in pair)):
+        cells = table[many["class"]]
+        both = [row["published"]["frechet_distance"] for row in (many, other)]
+        assert cells[0] == f"{many['n_real']:,}" and cells[-2] == f"{many['published']['n']:,}"
+        assert cells[-1] == shown(both, ".1f", ".1f")
+        assert (cells[2] == "–") == (many["frechet_distance"] is None)
+    kid = [record["mean"]["kid"]["value"] for record in pair]
+    assert table["**mean**"][1] == shown(kid, ".4g", ".2g")
+    assert "over 2 trainings, 30 images of each class" in text
+    with bad_input("different protocols"):
+        fewer = per_class.evaluate_per_class(*draw(20), sets, eight)
+        per_class.trainings_markdown([pair[0], fewer])
 
 
 def test_published_numbers_stand_only_beside_fids_of_the_same_data(sets, extractor):
