@@ -16,11 +16,14 @@ import copy
 import dataclasses
 import hashlib
 import json
+import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +31,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from custom_models import MODELS, make_config, usual_image_size
-from custom_models.config import stored_settings
+from custom_models.config import ModelConfig, stored_settings
 from custom_models.drawing import as_kept, derive_seed, draw, labelled_grid
 from custom_models.running_mean import RunningMean
 from evaluation import features, figures, judge, kid, per_class, protocol
@@ -49,6 +52,7 @@ from utils import (
     random_flips_and_turns,
     save_png,
     seed_everything,
+    seed_torch,
     to_model_range,
     write_atomically,
     write_text,
@@ -98,12 +102,14 @@ class GenerativePipeline:
     val, test, held_out), of the config's image size; `train` alone is enough to train and to
     sample. out: the run's folder.
     extractor: as in `evaluation.features.load_extractor`. device: auto, cpu or cuda.
-    precision: float32 or bfloat16; by default bfloat16 on CUDA, float32 on a CPU, where bfloat16
-    takes instructions of its own (AVX512-BF16 or AMX) and is then up to twice as fast.
+    precision: float32 or bfloat16; by default that of the checkpoint to go on from, else bfloat16
+    on CUDA, float32 on a CPU, where bfloat16 takes instructions of its own (AVX512-BF16 or AMX) and
+    is then up to twice as fast.
     checkpoint_path, log_dir: the checkpoint's file (or folder) and TensorBoard's folder, if not in
     `out`. checkpoint_seconds: at least so long between checkpoints, which are written at ends of
     epochs. compile: torch.compile the networks, but for those that a gradient penalty takes a
-    second derivative of, for speed. Raises InputError for anything it can't work with.
+    second derivative of, for speed; by default on CUDA alone, and of the models that gain more by
+    it than it takes. Raises InputError for anything it can't work with.
     """
 
     def __init__(
@@ -121,7 +127,7 @@ class GenerativePipeline:
         checkpoint_path: str | Path | None = None,
         log_dir: str | Path | None = None,
         checkpoint_seconds: float = 60,
-        compile: bool = False,
+        compile: bool | None = None,
         **settings,
     ):
         self.name, self.preset, self.seed = model, preset, seed
@@ -134,7 +140,7 @@ class GenerativePipeline:
         )
         self.out = Path(out).expanduser()
         self.device = pick_device(device)
-        self.precision = pick_precision(precision, self.device)
+        self._asked_for, self.precision = precision, pick_precision(precision, self.device)
         self._checkpoint_path, self.log_dir = checkpoint_path, log_dir
         self.checkpoint_seconds = checkpoint_seconds
         self.extractor_name, self._extractor = extractor, None
@@ -171,7 +177,7 @@ class GenerativePipeline:
             keep_freed_memory()
         else:
             torch.cuda.reset_peak_memory_stats(self.device)
-        self.compile = compile
+        self.compile = is_compiled(compile, self.device, self.config)
         self._set_up_model()
 
     def _check_held_out(self) -> None:
@@ -228,11 +234,20 @@ class GenerativePipeline:
                     "record to train anew, or choose another folder"
                 )
             with _alone_in(self.out):
+                full = None
                 try:
                     self._train()
+                except torch.OutOfMemoryError as error:
+                    full = str(error).splitlines()[0]
                 except BaseException:
                     self._set_up_model()  # half an update is nothing to go on from
                     raise
+                if full:  # out here nothing holds the step's memory any more
+                    self._set_up_model()
+                    raise InputError(
+                        f"{full} Lower batch_size, or run fewer trainings at once; the last "
+                        "checkpoint, if there is one, is whole"
+                    )
 
     def _train(self) -> None:
         if self.config.validation_epochs:
@@ -278,7 +293,7 @@ class GenerativePipeline:
         permutation = torch.randperm(len(self.train_set), generator=order, device=self.device)
         size, sums = self.config.images_per_step, {}
         for rows in permutation.split(size)[: self.steps_per_epoch]:
-            torch.manual_seed(derive_seed(self.seed, "step", self.step))
+            seed_torch(derive_seed(self.seed, "step", self.step), self.device)
             images = to_model_range(self.train_set.images[rows])
             if self.config.flips_and_turns:
                 images = random_flips_and_turns(images)
@@ -323,8 +338,8 @@ class GenerativePipeline:
         model = self._ready_to_sample()
         fakes = self._sample_from(model, val.labels, derive_seed(self.seed, "validation"))
         value, _ = kid.kernel_distance(
-            features.extract(val.images, extractor),
-            features.extract(fakes, extractor, cache=False),
+            features.extract(val.images, extractor).to(self.device),
+            features.extract(fakes, extractor, cache=False).to(self.device),
         )
         self.history[-1]["validation_kid"] = value
         if self.best is None or value < self.best["validation_kid"]:
@@ -407,10 +422,13 @@ class GenerativePipeline:
             return False
         stored = state.get("precision", self.precision)  # older checkpoints don't name it
         if stored != self.precision and state["step"] < self.total_steps:
-            raise InputError(
-                f"{self.checkpoint_path} is of a training in {stored}, not in {self.precision}; go "
-                f"on with --precision {stored}, or choose another folder"
-            )
+            if self._asked_for is None:  # half of it on one kind of device, half on another
+                self.precision = pick_precision(stored, self.device)
+            else:
+                raise InputError(
+                    f"{self.checkpoint_path} is of a training in {stored}, not in "
+                    f"{self.precision}; go on with --precision {stored}, or choose another folder"
+                )
         if state["best"] and state["step"] < self.total_steps:
             by = state["best"].get("extractor_sha256")  # older checkpoints don't name it
             if by not in (None, self.extractor().sha256):
@@ -812,12 +830,13 @@ class GenerativePipeline:
             if {name: stored.get(name) for name in study} == study:
                 return stored["rows"]
         self._require_trained()
-        real, model, rows = features.extract(val.images, extractor), self.kept_model(), []
+        real = features.extract(val.images, extractor).to(self.device)
+        model, rows = self.kept_model(), []
         for settings in progress(chosen, desc="sampler settings"):
             model.config = dataclasses.replace(self.config, **settings)
             fakes = self._sample_from(model, val.labels[:n], derive_seed(self.seed, "sampling"))
             kid_value, error = kid.kernel_distance(
-                real, features.extract(fakes, extractor, cache=False)
+                real, features.extract(fakes, extractor, cache=False).to(self.device)
             )
             rows.append(
                 {
@@ -944,6 +963,19 @@ def pick_precision(name: str | None, device: torch.device) -> str:
             "many times slower than float32; use float32"
         )
     return name or "float32"
+
+
+def is_compiled(compile: bool | None, device: torch.device, config: ModelConfig) -> bool:
+    """Whether a training's networks are: as asked, else on CUDA, of a model that gains by it."""
+    if compile is None:
+        return device.type == "cuda" and config.COMPILED and can_compile()
+    return compile
+
+
+def can_compile() -> bool:
+    """Whether torch.compile finds what it takes on a GPU: Triton, and a compiler for C."""
+    compilers = os.environ.get("CC"), "gcc", "clang"
+    return bool(find_spec("triton")) and any(shutil.which(name) for name in compilers if name)
 
 
 def fuse(optimizers: dict[str, torch.optim.Optimizer]) -> None:

@@ -289,9 +289,9 @@ def measure_real_cells(task: Task) -> None:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             pool.submit(_measure_real_cells, task).result()
-        except BrokenProcessPool:
+        except (BrokenProcessPool, torch.OutOfMemoryError):
             print(
-                "measuring them was ended (for want of memory, perhaps); each run tries anew",
+                "measuring them was ended for want of memory, it seems; each run tries anew",
                 file=sys.stderr,
             )
 

@@ -131,7 +131,9 @@ def parse_training(arguments: list[str]) -> tuple[argparse.Namespace, dict]:
         help="float32 or bfloat16 (bfloat16 on CUDA, float32 on a CPU); few CPUs are fast in it",
     )
     run.add_argument(
-        "--compile", action="store_true", help="compile the networks, for speed"
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="compile the networks, for speed (on CUDA, where the model gains by it)",
     )
     by_size = itertools.groupby(sorted(USUAL_SIZE, key=USUAL_SIZE.get), USUAL_SIZE.get)
     usual = "; ".join(f"{', '.join(names)} {size}" for size, names in by_size)

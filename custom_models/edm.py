@@ -55,6 +55,7 @@ class Config(ModelConfig):
     # were stored so, by KID.
     jpeg_quality: int = 0  # of a JPEG that samples are stored in, 1 to 100; 0: none
     jpeg_chroma: str = "dct"  # how JPEG halves colours: mean, or dct as BloodMNIST's own
+    COMPILED: ClassVar[bool] = True
     SAMPLING: ClassVar[tuple] = (
         "sampler",
         "sampling_steps",

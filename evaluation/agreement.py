@@ -81,7 +81,7 @@ def train_classifier(
     path = (
         cache_folder() / "classifiers" / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.pt"
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(SEED)
         network = SmallNetwork(len(train.classes)).to(device, memory_format=torch.channels_last)
         if not _take_up(network, path):

@@ -207,6 +207,8 @@ def _probe(module, path: Path, device: torch.device) -> int:
     images = torch.randint(256, (3, 3, 28, 28), generator=generator, dtype=torch.uint8)
     try:
         together, alone = (_run(module, part, device, path) for part in (images, images[:1]))
+    except torch.OutOfMemoryError:
+        raise  # no fault of the file
     except (RuntimeError, torch.jit.Error) as error:
         reason = str(error).strip().splitlines()[-1]
         raise InputError(f"extractor {path} fails on uint8 [3, 3, 28, 28] images: {reason}")
@@ -228,6 +230,8 @@ def _load_torchscript(path: Path, device: torch.device) -> torch.nn.Module:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"`torch\.jit\.load` is deprecated", FutureWarning)
             return torch.jit.load(path, map_location=device)
+    except torch.OutOfMemoryError:
+        raise  # no fault of the file
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(

@@ -94,12 +94,14 @@ def real_and_generated(real: ImageSet, fakes: torch.Tensor, by_class: bool, titl
     )
 
 
-def _rows_of_classes(images: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:
-    """The first eight images of each class in turn; white ones where a class has fewer."""
-    shape = (classes, PER_CLASS, *images.shape[1:])
+def _rows_of_classes(
+    images: torch.Tensor, labels: torch.Tensor, classes: int, columns: int = PER_CLASS
+) -> torch.Tensor:
+    """The first images of each class in turn; white ones where a class has fewer."""
+    shape = (classes, columns, *images.shape[1:])
     rows = torch.full(shape, 255, dtype=torch.uint8)
     for label in range(classes):
-        found = torch.nonzero(labels == label).flatten()[:PER_CLASS]
+        found = torch.nonzero(labels == label).flatten()[:columns]
         rows[label, : len(found)] = images[found]
     return rows.flatten(0, 1)
 
@@ -247,17 +249,25 @@ def _kind(name: str) -> int:
 
 
 def comparison(
-    parts: dict[str, torch.Tensor],
-    rows: int = 7,
-    columns: int = 4,
-    row_names: Sequence[str] = (),
+    parts: dict[str, torch.Tensor], labels: dict[str, torch.Tensor], classes: Sequence[str]
 ) -> Figure:
-    """One block of images for each name, side by side. parts: uint8 [N, C, S, S] each."""
-    blocks = list(parts.values())
+    """One block of images for each name, side by side, the first ones.
+
+    parts: uint8 [N, C, S, S] each; labels: int64 [N] of those of them, among these the first, whose
+    images were drawn for a class, which get a row for each class. Without any there are no rows of
+    classes.
+    """
+    rows, columns = (len(classes) if labels else 7), 4
+    blocks = [
+        _rows_of_classes(images, labels[name][: len(images)], rows, columns)
+        if name in labels
+        else images[: rows * columns]
+        for name, images in parts.items()
+    ]
     return _side_by_side(
-        [images[: rows * columns] for images in blocks],
+        blocks,
         list(parts),
-        row_names,
+        [name.replace(" ", "\n") for name in classes] if labels else [],
         columns=[columns] * len(blocks),
         # Many blocks become small on a page.
         title_size=11,
@@ -614,14 +624,9 @@ def validation_curves(
         for axis, (model, preset) in zip(axes, runs):
             group = [r for r in records if (r["model"], r["preset"]) == (model, preset)]
             for record in group:
-                rows = [row for row in record["history"] if "validation_kid" in row]
-                seen = [
-                    row["epoch"] * record["images_seen"] / record["config"]["epochs"]
-                    for row in rows
-                ]
-                values = [row["validation_kid"] for row in rows]
+                seen, values = _validation_kids(record)
                 (line,) = axis.plot(seen, values, label=f"seed {record['seed']}")
-                best = min(range(len(rows)), key=values.__getitem__)
+                best = values.index(min(values))
                 axis.plot(seen[best], values[best], "o", color=line.get_color())
             ends = [r for r in published if r["model"] == model]
             if ends:
@@ -642,6 +647,61 @@ def validation_curves(
         for axis in axes[: len(runs) : columns]:
             axis.set_ylabel("KID to the validation split")
     return figure
+
+
+def equal_compute(
+    records: list[dict],
+    names: dict[str, str],
+    flop: dict[tuple[str, str], float],
+    published: Sequence[dict] = (),
+) -> Figure:
+    """KID on the validation split against the arithmetic of training so far: a line a training.
+
+    records, names, published: as of `validation_curves`. flop: floating point operations of a step
+    of training by model and preset, for each image. What lies on one vertical line cost the same.
+    """
+    runs = sorted({(r["model"], r["preset"]) for r in records}, key=str)
+    styles = {"best": "-", "best_small": "--"}
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6, 3.4), layout="constrained")
+        axis = figure.subplots()
+        for run in runs:
+            group = [r for r in records if (r["model"], r["preset"]) == run]
+            colour = COLOURS[list(names).index(run[0])]
+            for k, record in enumerate(group):
+                seen, values = _validation_kids(record)
+                axis.plot(
+                    [x * flop[run] / 1e15 for x in seen],
+                    values,
+                    styles.get(run[1], ":"),
+                    color=colour,
+                    marker=".",
+                    linewidth=1,
+                    label=_run_title(record, names) if k == 0 else None,
+                )
+        for run in sorted({(r["model"], r["preset"]) for r in published}, key=str):
+            group = [r for r in published if (r["model"], r["preset"]) == run]
+            axis.plot(
+                [r["images_seen"] * flop[run] / 1e15 for r in group],
+                [r["metrics"]["kid"] for r in group],
+                "o",
+                color=COLOURS[list(names).index(run[0])],
+                fillstyle="none",
+                label=f"{_run_title(group[0], names)}, to train",
+            )
+        for which in ("x", "y"):
+            log_scale(axis, which)
+        axis.set_xlabel("arithmetic of training so far, PFLOP")
+        axis.set_ylabel("KID to the validation split")
+        figure.legend(loc="outside right center", fontsize=8)
+    return figure
+
+
+def _validation_kids(record: dict) -> tuple[list[float], list[float]]:
+    """Images seen and KID at each validation of a training."""
+    rows = [row for row in record["history"] if "validation_kid" in row]
+    of_an_epoch = record["images_seen"] / record["config"]["epochs"]
+    return [row["epoch"] * of_an_epoch for row in rows], [row["validation_kid"] for row in rows]
 
 
 SAMPLING_SETTINGS = ("sampler", "sampling_steps", "guidance_scale", "jpeg_quality", "jpeg_chroma")

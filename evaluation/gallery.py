@@ -37,6 +37,9 @@ COMPARISONS = {
     "held-out real images get.",
     "cost.png": "Fréchet distance against images seen in training, and against seconds. Machines "
     "had other work as well, so that seconds are no best times.",
+    "compute.png": "Kernel distance on the validation split against the arithmetic of the training "
+    "so far, in PFLOP: what lies on one vertical line cost the same. A ring is the end of a "
+    "published training (KID to the train split).",
     "stability.png": "Kernel distance on the validation split as training goes on; the dot is the "
     "step that was kept, a ring the end of a published training (KID to the train split).",
 }

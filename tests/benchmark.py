@@ -6,23 +6,27 @@
 Writes results/benchmarks/MACHINE.json and .md. No test: nothing here can fail by being slow.
 """
 
-import contextlib
 import dataclasses
+import functools
 import json
 import os
 import platform
 import time
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from custom_models import MODELS, drawing, make_config
+from custom_models.arithmetic import flop_of_training
+from custom_models.config import ModelConfig
 from evaluation import copies, features, frechet, protocol
 from generative_pipeline import (
     CODE_VERSION,
     describe_device,
     describe_machine,
+    fuse,
     has_bfloat16_instructions,
+    is_compiled,
+    pick_precision,
 )
 from utils import (
     ImageSet,
@@ -48,7 +52,15 @@ LARGE = (
 )
 LARGE_CPU_BATCH = 8
 # Dense bfloat16 FLOP/s by the makers' data sheets.
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+PEAKS = {  # the first whose name is part of the device's
+    "MIG": None,  # a part of a GPU
+    "H200 NVL": 835e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+}
 
 
 def seconds_per_call(call, device: torch.device, at_least: float = 3.0) -> float:
@@ -56,12 +68,12 @@ def seconds_per_call(call, device: torch.device, at_least: float = 3.0) -> float
 
     def timed(calls: int) -> float:
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         start = time.perf_counter()
         for _ in range(calls):
             call()
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         return time.perf_counter() - start
 
     timed(1)
@@ -70,43 +82,41 @@ def seconds_per_call(call, device: torch.device, at_least: float = 3.0) -> float
     return timed(calls) / calls
 
 
-def count_flop(call) -> int:
-    """Floating point operations of the call's convolutions and matrix products."""
-    counter = FlopCounterMode(display=False)
-    # Its tracker of modules, which a total does not need, fails where a module is given a leaf that
-    # requires a gradient, as gradient penalties do.
-    counter.mod_tracker = contextlib.nullcontext()
-    counter.mod_tracker.parents = {"Global"}
-    with counter:
-        call()
-    return counter.get_total_flops()
-
-
 def next_batch(data: ImageSet, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A training batch as the pipeline draws it: by index, on the device, turned and flipped."""
     rows = torch.randperm(len(data), device=data.images.device)[:size]
     return random_flips_and_turns(to_model_range(data.images[rows])), data.labels[rows]
 
 
-def benchmark_model(name: str, preset: str, data: ImageSet) -> dict:
-    device = data.images.device
-    config = make_config(name, preset)
+def set_up(config: ModelConfig, device: torch.device, compiled: bool):
+    """A model as the pipeline makes it on this device, and a call for one step of its training."""
     model = config.build().to(device, memory_format=torch.channels_last)
     optimizers = model.optimizers()
-    size = config.images_per_step
+    if device.type == "cuda":
+        fuse(optimizers)
+    if compiled:
+        for network in model.children():
+            network.compile()
 
-    def step(bfloat16: bool = device.type == "cuda"):
-        images, labels = next_batch(data, size)
+    def step(images, labels, precision: str = pick_precision(None, device)) -> None:
+        bfloat16 = precision == "bfloat16"
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16, cache_enabled=False):
             model.training_step(
                 images.contiguous(memory_format=torch.channels_last), labels, optimizers
             )
 
-    seconds = seconds_per_call(step, device)
-    flop = count_flop(step)
+    return model, step
+
+
+def benchmark_model(name: str, preset: str, data: ImageSet) -> dict:
+    device = data.images.device
+    config = make_config(name, preset)
+    size, flop = config.images_per_step, flop_of_training(config)
+    model, step = set_up(config, device, is_compiled(None, device, config))
+    seconds = seconds_per_call(lambda: step(*next_batch(data, size)), device)
     faster = None
     if device.type == "cpu" and has_bfloat16_instructions():
-        faster = size / seconds_per_call(lambda: step(bfloat16=True), device)
+        faster = size / seconds_per_call(lambda: step(*next_batch(data, size), "bfloat16"), device)
     data_seconds = seconds_per_call(lambda: next_batch(data, size), device, at_least=1.0)
     model.eval()
     n = drawing.batch_size(device, config.image_size)
@@ -125,8 +135,8 @@ def benchmark_model(name: str, preset: str, data: ImageSet) -> dict:
     return {
         "model": name,
         "preset": preset,
-        "flop_per_image": flop / size,
-        "flop_per_second": flop / seconds,
+        "flop_per_image": flop,
+        "flop_per_second": flop * size / seconds,
         "parameters": sum(p.numel() for p in model.parameters()),
         "training_images_per_second": size / seconds,
         "bfloat16_images_per_second": faster,
@@ -146,21 +156,14 @@ def benchmark_large(device: torch.device) -> list[dict]:
         config = make_config(name, preset, **settings)
         if device.type == "cpu":  # the presets' own batches need up to 20 GiB
             config = dataclasses.replace(config, batch_size=LARGE_CPU_BATCH)
-        model = config.build().to(device, memory_format=torch.channels_last)
-        optimizers, size, side = model.optimizers(), config.images_per_step, config.image_size
+        size, side = config.images_per_step, config.image_size
         images = torch.rand(size, 3, side, side, device=device) * 2 - 1
-        images = images.contiguous(memory_format=torch.channels_last)
         labels = torch.arange(size, device=device) % config.n_classes
         if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-
-        def step(model=model, images=images, labels=labels, optimizers=optimizers):
-            with torch.autocast(
-                device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False
-            ):
-                model.training_step(images, labels, optimizers)
-
-        seconds = seconds_per_call(step, device, at_least=0.0)
+            torch.cuda.reset_peak_memory_stats(device)
+        model, step = set_up(config, device, is_compiled(None, device, config))
+        call = functools.partial(step, images, labels)
+        seconds = seconds_per_call(call, device, at_least=0.0)
         rows.append(
             {
                 "model": name,
@@ -169,7 +172,7 @@ def benchmark_large(device: torch.device) -> list[dict]:
                 "batch_size": config.batch_size,
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "training_images_per_second": size / seconds,
-                "flop_per_image": count_flop(step) / size,
+                "flop_per_image": flop_of_training(config),
                 "peak_memory_mib": describe_machine(device)["peak_memory_mib"],
             }
         )
@@ -239,6 +242,7 @@ def main() -> None:
     device = pick_device(options.device)
     if device.type == "cpu":
         keep_freed_memory()
+    torch.backends.cudnn.benchmark = device.type == "cuda"  # as in a training
     if options.large:
         result = describe(device) | {"models": benchmark_large(device)}
         write(result, large_as_markdown(result), options.out, "-large")
@@ -322,7 +326,7 @@ def as_markdown(result: dict) -> str:
     lines = [
         f"# Speed on {result['machine']}, {result['cores']} cores, torch {result['torch']}",
         "",
-        "28×28 pixels, one training at a time.",
+        " ".join(["28×28 pixels, one training at a time.", *result.get("notes", [])]),
         "",
         "| Model | Preset | Parameters | Training, images/s | In bfloat16 | GFLOP an image "
         "| TFLOP/s | Data's share of a step | Sampling, images/s |",
@@ -359,10 +363,8 @@ def as_markdown(result: dict) -> str:
 
 def _share_of_peak(row: dict, machine: str) -> str:
     """The share of the peak in brackets, where the machine has a known one; else nothing."""
-    for name, peak in PEAKS.items():
-        if name in machine:
-            return f" ({row['flop_per_second'] / peak:.1%} of peak)"
-    return ""
+    peak = next((peak for name, peak in PEAKS.items() if name in machine), None)
+    return f" ({row['flop_per_second'] / peak:.1%} of peak)" if peak else ""
 
 
 if __name__ == "__main__":

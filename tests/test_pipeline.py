@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from torch.optim import Adam
 
-from custom_models import MODELS
+import generative_pipeline
+from custom_models import MODELS, make_config
 from custom_models.drawing import as_kept, load_model
 from evaluation import features, figures, judge, kid, per_class, protocol, tables
 from generative_pipeline import GenerativePipeline, derive_seed, run_folder
@@ -370,6 +371,18 @@ def test_a_cpu_trains_in_bfloat16_where_it_is_asked_to(make, monkeypatch):
     assert pipeline.evaluate()["precision"] == "bfloat16"
 
 
+def test_a_training_goes_on_in_the_precision_of_its_checkpoint(make, monkeypatch, bad_input):
+    """As one of a GPU's on a CPU, whose usual precision is another."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    make(precision="bfloat16").save_checkpoint()
+    pipeline = make()
+    assert pipeline.precision == "float32"
+    pipeline.load_checkpoint()
+    assert pipeline.precision == "bfloat16"
+    with bad_input("of a training in bfloat16, not in float32"):
+        make(precision="float32").load_checkpoint()
+
+
 @pytest.mark.parametrize("name, dtype", [("ddpm", torch.bfloat16), ("dcgan", torch.float32)])
 def test_only_diffusion_draws_in_bfloat16(name, dtype, make, monkeypatch):
     """Of the others, which take one pass, it would round the pixels."""
@@ -440,6 +453,22 @@ def test_compiling_changes_no_key(make):
 def test_a_network_with_a_gradient_penalty_is_not_compiled(name, preset, compiled, make):
     networks = dict(make(name, preset=preset, compile=True).model.named_children())
     assert compiled == {key: n._compiled_call_impl is not None for key, n in networks.items()}
+
+
+@pytest.mark.parametrize(
+    ("device", "model", "found", "compiled"),
+    [
+        ("cpu", "ddpm", True, False),
+        ("cuda", "ddpm", True, True),
+        ("cuda", "ddpm", False, False),
+        ("cuda", "dcgan", True, False),
+    ],
+)
+def test_a_gpu_compiles_what_gains_by_it_where_it_can(device, model, found, compiled, monkeypatch):
+    monkeypatch.setattr(generative_pipeline, "can_compile", lambda: found)
+    config = make_config(model, "best")
+    assert generative_pipeline.is_compiled(None, torch.device(device), config) is compiled
+    assert generative_pipeline.is_compiled(not compiled, torch.device(device), config) != compiled
 
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])
@@ -622,6 +651,21 @@ def test_a_loss_that_is_not_finite_ends_the_training(make, bad_input):
     pipeline.compile = True  # as if its networks were
     with bad_input("diverged in epoch", "lower the learning rate, or train without compile"):
         pipeline.train()
+
+
+def test_memory_that_is_full_ends_the_training_in_one_sentence(make, monkeypatch, bad_input):
+    pipeline = make()
+
+    def fail(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.\nmore words")
+
+    monkeypatch.setattr(type(pipeline.model), "training_step", fail)
+    with bad_input("out of memory", "1 GiB. Lower batch_size") as told:
+        pipeline.train()
+    assert "more words" not in str(told.value) and told.value.__context__ is None  # holds no step
+    monkeypatch.undo()
+    pipeline.train()
+    assert pipeline.step == pipeline.total_steps
 
 
 def test_evaluating_an_unfinished_training_is_bad_input(make, bad_input):

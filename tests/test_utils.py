@@ -33,6 +33,7 @@ from utils import (
     pick_device,
     random_flips_and_turns,
     save_png,
+    seed_torch,
     to_model_range,
     to_uint8,
     write_atomically,
@@ -128,6 +129,35 @@ def test_a_gpu_that_is_not_there_is_bad_input(monkeypatch, bad_input):
     assert pick_device("auto").type == pick_device("cuda:0").type == "cuda"
     with bad_input("cuda:3"):
         pick_device("cuda:3")
+
+
+def test_a_gpu_that_torch_can_t_use_is_bad_input(monkeypatch, bad_input):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name in ("auto", "cuda", "cuda:0"):
+        with bad_input("can't use it", "driver", "--device cpu"):
+            pick_device(name)
+    assert pick_device("cpu").type == "cpu"
+
+
+def test_no_matrix_product_on_a_gpu_is_tf32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True  # as NVIDIA's containers have it
+    try:
+        pick_device("cuda")
+        assert not torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@given(st.integers(0, 2**63 - 1))
+def test_seeding_torch_is_its_own_on_the_cpu(seed):
+    seed_torch(seed, torch.device("cpu"))
+    ours = torch.rand(3)
+    torch.manual_seed(seed)
+    assert torch.equal(ours, torch.rand(3))
 
 
 def fill(path, data: bytes = b"new"):
