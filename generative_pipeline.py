@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -70,6 +71,11 @@ SAVED_SAMPLES = 64
 SETS = (*SPLITS, "held_out")
 # They decide which weights of a training are kept, and leave the training itself as it is.
 KEEPING = ("ema_decay", "validation_epochs")
+# Whose numbers or images a run's may depend on, beside torch's.
+OTHER_PACKAGES = (
+    *("numpy", "torchvision", "scipy", "scikit-learn"),
+    *("pillow", "medmnist", "pytorch-fid"),
+)
 HELD_OUT = 10  # images: the search for copies compares two halves of them
 
 
@@ -1062,11 +1068,20 @@ def describe_machine(device: torch.device) -> dict:
         "versions": {
             "python": platform.python_version(),
             "torch": str(torch.__version__),
-            "numpy": np.__version__,
+            **_versions_of(*OTHER_PACKAGES),
             "code": CODE_VERSION,
         },
         "git_commit": _git_commit(),
     }
+
+
+def _versions_of(*packages: str) -> dict[str, str]:
+    """Of those that are installed: a machine may have torch alone."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def describe_device(device: torch.device) -> str:

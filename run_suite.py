@@ -877,10 +877,11 @@ def _cause(notebook: Path, log: str, code: int, kernel_gone: bool) -> str:
 
 
 def _takes_a_gpu(task: Task) -> bool:
-    """Whether it trains a diffusion model at its full length."""
+    """Whether it trains a diffusion model, or the published cWGAN-GP, at its full length."""
     # A task of a study has no preset.
     preset = task.parameters.get("preset")
-    return task.source.stem == "ddpm" and preset in ("baseline", "best", "best_64", "best_128")
+    large = {"ddpm": ("baseline", "best", "best_64", "best_128"), "cwgan_gp": ("published",)}
+    return preset in large.get(task.source.stem, ())
 
 
 def run_all(tasks: list[Task], jobs: int) -> dict[Task, str]:
@@ -1000,8 +1001,8 @@ def main(arguments: list[str] | None = None) -> int:
     if slow:
         to_do = [task for task in to_do if task not in slow] + slow
         print(
-            "diffusion takes a day or more for each seed on a CPU, and comes last; leave it out "
-            "with --models (MODELS= of make)",
+            f"{len(slow)} of these take a day or more each on a CPU, and come last: diffusion, or "
+            "the published cWGAN-GP; leave them out with --models (MODELS= of make)",
             flush=True,
         )
     if to_do and not options.study:

@@ -74,9 +74,6 @@ PRESETS = {
     ),
     "best": residual_cwgan_gp.Config(),
     "best_small": residual_cwgan_gp.SMALL,
-    # Fewer critic updates, larger steps and a running mean of the weights, for two CPU cores: a
-    # reduced budget, not a result.
-    "small": replace(Config(), critic_steps=2, lr=3e-4, ema_decay=0.995, epochs=30),
     "quick": replace(
         Config(),
         base_channels=32,

@@ -95,7 +95,7 @@ def _load_run(path: Path) -> tuple[nn.Module, dict]:
         about["config"] |= _sampled_with(path, about)
         # Runs of before their files named the classes were all of blood cells.
         about["classes"] = list(stored.get("classes", BLOOD_CLASSES))
-        tensors = stored["state"] if "state" in stored else _kept_state(path, stored)
+        tensors = stored["state"] if "state" in stored else _kept_state(stored)
         if not all(isinstance(value, torch.Tensor) for value in tensors.values()):
             raise TypeError("state")
     except (KeyError, IndexError, TypeError, AttributeError):
@@ -118,7 +118,7 @@ def _sampled_with(path: Path, about: dict) -> dict:
         return {}
 
 
-def _kept_state(path: Path, checkpoint: dict) -> dict[str, torch.Tensor]:
+def _kept_state(checkpoint: dict) -> dict[str, torch.Tensor]:
     """Of a checkpoint: the best step's weights, else their running mean, else the last ones."""
     if checkpoint["best"]:
         return as_kept(checkpoint["best"]["state"])

@@ -52,7 +52,8 @@ def strong_augmentation(images: Tensor) -> Tensor:
 
     Crops hold 60 to 100 % of the area, stretched by up to a third; light, contrast and saturation
     change by up to 20 %, for stain and lamp differ between slides; a rectangle is erased from every
-    second image (Zhong et al. 2020).
+    second image (Zhong et al. 2020). One image after the other, as torchvision draws its changes
+    for a whole batch at once; a GPU waits for that.
     """
     from torchvision.transforms import v2
 

@@ -254,8 +254,8 @@ def comparison(
     """One block of images for each name, side by side, the first ones.
 
     parts: uint8 [N, C, S, S] each; labels: int64 [N] of those of them, among these the first, whose
-    images were drawn for a class, which get a row for each class. Without any there are no rows of
-    classes.
+    images were drawn for a class, which get a row for each class; others are called mixed. Without
+    any there are no rows of classes.
     """
     rows, columns = (len(classes) if labels else 7), 4
     blocks = [
@@ -266,7 +266,7 @@ def comparison(
     ]
     return _side_by_side(
         blocks,
-        list(parts),
+        [name if name in labels or not labels else f"{name}, mixed" for name in parts],
         [name.replace(" ", "\n") for name in classes] if labels else [],
         columns=[columns] * len(blocks),
         # Many blocks become small on a page.

@@ -36,7 +36,9 @@ def frechet_infinity(real: torch.Tensor, fake: torch.Tensor, seed: int = 0) -> d
     The standard error covers the draw of the images of both kinds, to first order (infinitesimal
     jackknife, Jaeckel 1972), and the choice of subsets; where the two distributions agree it is
     too large. It does not cover that the bias is no exact line in 1 / n: at few images in many
-    equally strong dimensions the value comes out too low by some percent of that bias. Raises
+    equally strong dimensions the value comes out too low by some percent of that bias. It takes the
+    two sets for independent: images of a generator that fits the sampling error of the real set
+    itself get too low a value, by up to twice that error's share of the distance. Raises
     InputError where `frechet_infinity_possible` is false, for other dimensions, and for NaN or
     infinite values.
 

@@ -333,7 +333,7 @@ def per_class_markdown(rows: list[dict]) -> str:
         # Images from a folder have whatever frequencies they have, and no row of real cells.
         real = ", or the class of a real test cell, among images with the test split's frequencies"
         text += real * any(row["model"] == REAL for row in rows) + ". "
-    text += "Fréchet distances are left out: the classes have too few images for them."
+        text += "Fréchet distances, for which most classes have too few images, are not shown."
     return "\n".join([*lines, "", in_words_of(rows[0]["dataset"], text)])
 
 
@@ -877,16 +877,17 @@ TRUST_WORDS = {
     "most images; it leaves out 0.5 for one in twenty generators that copy nothing, while the "
     "verdict allows one false alarm in a thousand.",
     "copied_share": "Copies: share of images much closer to one training cell than to the fifth "
-    "nearest, in pixels, beyond what held-out cells lead to expect.",
+    "nearest, in pixels, beyond what held-out cells lead to expect. Here, for C_T and for what is "
+    "nearer to train, one half of the real cells plays the generated images and the other half is "
+    "held out.",
     "authpct": "AuthPct: share of images not closer to a training cell than its nearest "
     "neighbour, in %; less than real cells' means copying, or the usual kinds of cells alone, "
     "and by more than three "
     "standard errors is told beside the verdict.",
-    "ct": "C_T: below real cells' where images lie nearer to training cells than real ones do, by "
-    "copying or by drawing the usual kinds alone, which is told beside the verdict below -3. C_T "
-    "grows with the number of images; that of real cells is of one half of them, with the other as "
-    "held out, while their AuthPct is of all. It depends on the regions, too, of which there are "
-    "up to ten.",
+    "ct": "C_T: 0 is expected of real cells, with an sd of about 0.3 (ten regions) to 1 (one); it "
+    "is lower where images lie nearer to training cells, by copying or by drawing the usual kinds "
+    "alone. Below -3, a coarse threshold, that is told beside the verdict. It grows with the "
+    "number of images.",
 }
 
 

@@ -404,6 +404,18 @@ def test_four_of_five_folds_decide_nothing():
     assert (row["folds"], row["verdict"]) == (5, "too few folds")
 
 
+def test_the_same_difference_in_every_fold_has_no_spread_to_test_with():
+    study = augmentation.make_study("bccd")
+    records = [
+        made_record(study, arm, fold, score)
+        for fold in range(5)
+        for arm, score in (("real", 0.5), ("real+traditional", 0.75))
+    ]
+    *_, row = augmentation.compare(records)
+    assert (row["folds"], row["difference"], row["p"]) == (5, 0.25, None)
+    assert row["verdict"] == "no spread to test with"
+
+
 def test_any_number_of_arms_has_its_curves():
     study = augmentation.make_study("imbalance", amounts=list(range(100, 2600, 100)))
     arms = augmentation.arms(study)

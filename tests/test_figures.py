@@ -101,6 +101,41 @@ def test_published_trainings_are_rings_in_the_panels_of_their_model():
     assert "baseline, to train" not in dots(cvae)
 
 
+def test_curves_at_equal_compute_are_those_of_validation_by_their_arithmetic():
+    records = [
+        record("dcgan", "best", "GPU", 12, 7.0, kids=(9.0, 2.0, 4.0)),
+        record("cvae", "best", "GPU", 6, 7.0, kids=(3.0, 1.0)),
+        record("cvae", "best", "GPU", 6, 7.0, kids=(4.0, 2.0)),
+    ]
+    published = [record("dcgan", "baseline", "GPU", 40, 7.0, kid=80.0)]
+    flop = {("dcgan", "best"): 2e12, ("cvae", "best"): 1e12, ("dcgan", "baseline"): 5e11}
+    (axis,) = figures.equal_compute(records, NAMES, flop, published).axes
+    drawn = [(line.get_label(), line.get_xydata().tolist()) for line in axis.lines]
+    first, second, third, ring = drawn
+    assert first == ("CVAE best", [[3.0, 3.0], [6.0, 1.0]])  # 3,000 and 6,000 images
+    assert second[0].startswith("_") and second[1] == [[3.0, 4.0], [6.0, 2.0]]
+    assert third == ("DCGAN best", [[8.0, 9.0], [16.0, 2.0], [24.0, 4.0]])
+    assert ring == ("DCGAN baseline, to train", [[20.0, 80.0]])
+
+
+def test_a_comparison_has_rows_of_classes_where_images_were_drawn_for_one():
+    images = torch.arange(9, dtype=torch.uint8)[:, None, None, None].expand(9, 3, 28, 28) * 10
+    labels = torch.tensor([1, 0, 1, 1, 1, 1, 1, 1, 1])
+    parts = {"real": images, "asked": images, "other": images}
+    figure = figures.comparison(parts, {"real": labels, "asked": labels}, ("a", "b"))
+    assert [axis.get_title() for axis in figure.axes] == ["real", "asked", "other, mixed"]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["a", "b"]
+
+    def tiles(axis) -> list[list[int]]:
+        return axis.images[0].get_array()[14 * 4 :: 29 * 4, 14 * 4 :: 29 * 4, 0].tolist()
+
+    asked, other = (tiles(axis) for axis in figure.axes[1:])
+    assert asked == [[10, 255, 255, 255], [0, 20, 30, 40]]
+    assert other == [[0, 10, 20, 30], [40, 50, 60, 70]]
+    (plain,) = figures.comparison({"other": images}, {}, ("a", "b")).axes
+    assert plain.get_title() == "other" and not plain.texts
+
+
 def test_sampling_quality_draws_samplers_guidance_and_jpeg_apart():
     own = {"sampler": "heun", "sampling_steps": 3, "guidance_scale": 1.0, "evaluations": 5}
     own |= {"jpeg_quality": 0, "jpeg_chroma": "dct"}
@@ -141,7 +176,7 @@ def test_a_class_with_few_images_keeps_its_own_row():
 )
 def test_larger_images_are_shown_in_more_dots(size, least, most, tmp_path):
     black = torch.zeros(28, 3, size, size, dtype=torch.uint8)
-    figures.save(figures.comparison({"a": black}), tmp_path / "a.png")
+    figures.save(figures.comparison({"a": black}, {}, ("b",)), tmp_path / "a.png")
     picture = np.asarray(Image.open(tmp_path / "a.png").convert("L"))
     dark = (picture[int(0.9 * len(picture))] < 128).sum()  # through the last row
     assert least <= dark / 4 <= most

@@ -4,12 +4,14 @@ import argparse
 import csv
 import hashlib
 import json
+import math
 import re
 import statistics
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
+import benchmark
 import nbformat
 import numpy as np
 import pytest
@@ -18,10 +20,10 @@ import torch
 import run_suite
 from custom_models import make_config
 from custom_models.config import stored_settings
-from evaluation import augmentation, features, tables, train_on_generated
+from evaluation import augmentation, features, significance, tables, train_on_generated
 from evaluation.reference import SHIPPED, load_reference
 from generative_pipeline import SETS, GenerativePipeline, run_folder
-from utils import load_dataset, to_model_range, to_uint8
+from utils import ImageSet, load_dataset, to_model_range, to_uint8
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -389,6 +391,20 @@ def on_bluish_ground(images: torch.Tensor) -> torch.Tensor:
     return blue > red - 5
 
 
+def blues_of_the_ground(model, cells: ImageSet, rows: torch.Tensor) -> tuple[float, float]:
+    """Mean and scale of the first coefficient of blue, as the CVAE decodes what it encoded."""
+    images, labels = to_model_range(cells.images[rows]), cells.labels[rows]
+    with torch.inference_mode():
+        mean, _ = model.encoder(images, model.condition(labels))
+        _, (blue, log_scale) = model.decode(mean, labels)
+    return blue[:, 0].mean().item(), log_scale[:, 0].exp().mean().item()
+
+
+def true_blue(model, cells: ImageSet, rows: torch.Tensor) -> float:
+    _, chroma = model.jpeg.encode(to_model_range(cells.images[rows]))
+    return chroma[:, 0].mean().item()
+
+
 def test_the_readmes_words_on_bluish_grounds_have_the_numbers_of_the_images(real_data_root):
     words = words_of_the_pages()
     real = {name: load_dataset("bloodmnist", real_data_root, 28, name) for name in SETS}
@@ -414,13 +430,18 @@ def test_the_readmes_words_on_bluish_grounds_have_the_numbers_of_the_images(real
     val = real["val"]
     pipeline = GenerativePipeline("cvae", "best", sets=real, seed=0, device="cpu")
     pipeline.train()  # loads the weights
-    chosen = bluish["val"]
+    chosen, model = bluish["val"], pipeline.kept_model()
+    usual = torch.nonzero(~chosen).flatten()[:200]
     with torch.inference_mode():
-        again = pipeline.kept_model().reconstruct(
+        again = model.reconstruct(
             to_model_range(val.images[chosen]), val.labels[chosen]
         )
     assert not on_bluish_ground(to_uint8(again)).any()
     assert f"none of {found['val']} of the validation split keeps its own." in words
+    (blue, odd), (_, known) = (blues_of_the_ground(model, val, rows) for rows in (chosen, usual))
+    assert f"the ground's blue a scale of {odd:.1f} steps of the file" in words
+    assert f"twenty times the usual {known:.1f}," in words and round(odd / known, -1) == 20
+    assert blue < 0 < true_blue(model, val, chosen) and "around the same beige mean" in words
 
 
 def study_rows(name: str) -> dict[tuple[str, str, str], dict]:
@@ -434,22 +455,18 @@ def interval(row: dict) -> tuple[str, str, str]:
     return tuple(f"{number:+.3f}".replace("-", "−") for number in numbers)
 
 
-def gain_of_recall(arm: str, other: str, kind: str) -> tuple[str, str, str]:
-    """Mean of one arm's recall minus another's on the same folds, and its 95 % interval."""
+def gain_over_folds(arm: str, other: str, score) -> dict:
+    """One arm's score minus another's on the same folds, which share no training cell."""
     folder = RESULTS / "augmentation" / "imbalance" / "cnn"
-    recalls = [
+    one, two = (
         [
-            json.loads(path.read_text())["scores"]["per_class"][kind]["recall"]
+            score(json.loads(path.read_text())["scores"])
             for path in sorted(folder.glob(f"fold*/{name}.json"))
         ]
         for name in (arm, other)
-    ]
-    gains = [one - two for one, two in zip(*recalls, strict=True)]
-    # They share no training cell. 2.776: Student's t, 97.5 %, four degrees of freedom.
-    assert len(gains) == 5
-    reach = 2.776 * statistics.stdev(gains) / 5**0.5
-    mean = statistics.mean(gains)
-    return tuple(f"{x:+.2f}".replace("-", "−") for x in (mean, mean - reach, mean + reach))
+    )
+    assert len(one) == 5
+    return significance.paired([x - y for x, y in zip(one, two, strict=True)], math.inf, 1)
 
 
 def test_the_readmes_words_on_rare_classes_have_the_numbers_of_the_records():
@@ -483,11 +500,20 @@ def test_the_readmes_words_on_rare_classes_have_the_numbers_of_the_records():
     rarest = sorted(kind for kind in n if n[kind] == min(n.values()))
     gains = {kind: float(of[kind][1]) - float(of[kind][0]) for kind in n}
     assert sorted(sorted(gains, key=gains.get)[-2:]) == rarest == ["basophil", "erythroblast"]
-    basophil, erythroblast = (
-        gain_of_recall("real+GAN-500", "real+class-weights", kind) for kind in rarest
-    )
-    assert "did ({}, 95 % interval {} to {}), erythroblasts".format(*basophil) in words
-    assert "noise of these ({}, {} to {}), neither of".format(*erythroblast) in words
+    arms = "real+GAN-500", "real+class-weights"
+    behind = gain_over_folds(*arms, lambda scores: scores["balanced_accuracy"])
+    numbers = [f"{x:+.3f}".replace("-", "−") for x in (behind["mean"], *behind["interval"])]
+    assert "in balanced accuracy ({}, 95 % interval {} to {}), and".format(*numbers) in words
+    classes = {
+        kind: gain_over_folds(*arms, lambda scores, kind=kind: scores["per_class"][kind]["recall"])
+        for kind in gains
+    }
+    low, high = (pick(classes, key=lambda k: classes[k]["mean"]) for pick in (min, max))
+    assert (low, high) == ("lymphocyte", "basophil") and len(classes) == 8
+    reach = [f"{classes[kind]['mean']:+.2f}".replace("-", "−") for kind in (high, low)]
+    assert "from {} (basophils) to {} (lymphocytes), none".format(*reach) in words
+    least = min(significance.holm([found["p"] for found in classes.values()]))
+    assert least >= 0.11 and "counted (Holm, p ≥ 0.11)." in words
     highest = []
     for kind in rarest:
         recalls = {arm: float(row[f"recall {kind}_mean"]) for (_, arm, _), row in rows.items()}
@@ -633,6 +659,15 @@ def test_the_table_of_a_grid_is_that_of_its_records(grid, tmp_path):
         assert (tmp_path / name).read_text() == (grid / name).read_text(), name
 
 
+BENCHMARKS = sorted((RESULTS / "benchmarks").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
+def test_the_page_of_a_benchmark_is_that_of_its_numbers(path):
+    write = benchmark.large_as_markdown if path.stem.endswith("-large") else benchmark.as_markdown
+    assert path.with_suffix(".md").read_text() == write(json.loads(path.read_text()))
+
+
 def changed(rows: list[dict], model: str) -> dict[str, tuple[str, str]]:
     """For each change that three trainings had: its mean distance, and the preset's own of them."""
     found = {}
@@ -651,13 +686,15 @@ def test_findings_have_the_numbers_of_the_grid_of_best():
     assert not changed(rows, "ddpm")
     assert "Seven rows of the [table of ablations]" in words
     gains = {(r["model"], r["ablation"]): r for r in rows if r["difference_sd"]}
-    sure = {key for key, r in gains.items() if r["difference_mean"] > 2.5 * r["difference_sd"]}
-    sampling = {("cvae", name) for name in ("normal prior", "temperature 1", "temperature 0")}
-    assert sure == sampling | {("cwgan_gp", "no EMA")}
-    two = [gains["dcgan", name] for name in ("no EMA", "no JPEG")]
-    assert all(min(json.loads(r["differences"]).values()) > 0 for r in two)
-    spread = ["+{difference_mean:.0f} ± {difference_sd:.0f}".format(**r) for r in two]
-    assert "DCGAN's two rows ({} and {}) go the same way in all".format(*spread) in words
+    sure = {key for key, r in gains.items() if r["difference_p_holm"] < 0.05}
+    assert sure == {("cvae", name) for name in ("normal prior", "temperature 1", "temperature 0")}
+    three = [gains[key] for key in (("cwgan_gp", "no EMA"), *DCGAN_ROWS)]
+    assert all(min(json.loads(r["differences"]).values()) > 0 for r in three)
+    shown = ["+{difference_mean:.0f} ± {difference_sd:.0f}".format(**r) for r in three]
+    sentence = "cWGAN-GP's ({}) and the DCGAN's two ({} and {}) go the same way in all three"
+    assert sentence.format(*shown) in words
+    alone = three[0]["difference_p"], three[0]["difference_p_holm"]
+    assert "the first is by itself (p = {:.3f}; {:.2f} after Holm)".format(*alone) in words
     assert len({own for _, own in cvae.values()}) == 1  # the same seeds
     assert int(cvae["no EMA"][0]) < int(cvae["no EMA"][1])
     assert "its `best` lies at {} instead of {},".format(*cvae["normal prior"]) in words
@@ -717,14 +754,13 @@ def test_findings_have_the_numbers_of_the_published_grid():
     assert round(statistics.mean(last_kl(wide))) == round(nats[2])
     assert f"codes hold {nats[2]:.0f} nats with either" in words
     assert f"half as many epochs at {cvae['epochs 50'][0]}." in words
-    for row in rows:
-        if row["difference_sd"]:
-            sure = abs(row["difference_mean"]) > 2.5 * row["difference_sd"]
-            assert sure == (row["ablation"] in UNDOUBTED)
+    tested = [row for row in rows if row["difference_p_holm"] is not None]
+    doubted = {row["ablation"] for row in tested if row["difference_p_holm"] >= 0.05}
+    assert {row["ablation"] for row in tested} == set(cvae) and doubted == set()
 
 
+DCGAN_ROWS = ("dcgan", "no EMA"), ("dcgan", "no JPEG")
 KL_ROWS = ("KL weight 0.25", "KL weight 0.5", "KL weight 1")
-UNDOUBTED = (*KL_ROWS, "latent 16", "latent 128", "epochs 50")
 
 
 def last_kl(folder: Path) -> list[float]:

@@ -461,7 +461,7 @@ def test_diffusion_comes_last_on_a_cpu(tmp_path, monkeypatch, capsys):
     arguments += ["--extractor", "demo", "--out", str(tmp_path / "results")]
     assert run_suite.main(arguments) == 0
     assert [task.source.stem for task in order] == ["cvae", "cvae", "ddpm", "ddpm"]
-    assert "a day or more for each seed on a CPU, and comes last" in capsys.readouterr().out
+    assert "take a day or more each on a CPU, and come last: diffusion" in capsys.readouterr().out
     order.clear()
     assert run_suite.main([*arguments, "--preset", "quick"]) == 0
     assert [task.source.stem for task in order] == ["ddpm", "cvae", "ddpm", "cvae"]

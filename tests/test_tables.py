@@ -358,6 +358,8 @@ def test_images_nearer_to_training_cells_than_real_ones_are_told(authpct, ct, wo
     assert (f"{told} |" in (tmp_path / "t.md").read_text()) == bool(words)
     one["metrics"]["floor"] = floor
     assert (f"{told}." in metrics_table(one["metrics"])) == bool(words)
+    del floor["copies"]["ct"]  # as of a user's images, whose floor has no search for copies
+    assert (f"{told}." in metrics_table(one["metrics"])) == bool(words)
 
 
 def test_tables_of_other_images_name_what_they_show(tmp_path):
