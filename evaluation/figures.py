@@ -248,16 +248,22 @@ def _kind(name: str) -> int:
     return 0 if "loss" in name or name == "reconstruction" else 1 if name.startswith("D(") else 2
 
 
-def comparison(
+def comparison(parts: dict[str, torch.Tensor], rows: int = 7, columns: int = 4) -> Figure:
+    """Blocks of the first images, one for each name, side by side. parts: uint8 [N, C, S, S] each."""
+    blocks = [images[: rows * columns] for images in parts.values()]
+    # Many blocks become small on a page.
+    return _side_by_side(blocks, list(parts), [], [columns] * len(blocks), title_size=11)
+
+
+def comparison_by_class(
     parts: dict[str, torch.Tensor], labels: dict[str, torch.Tensor], classes: Sequence[str]
 ) -> Figure:
-    """One block of images for each name, side by side, the first ones.
+    """The same with a row for each class.
 
-    parts: uint8 [N, C, S, S] each; labels: int64 [N] of those of them, among these the first, whose
-    images were drawn for a class, which get a row for each class; others are called mixed. Without
-    any there are no rows of classes.
+    labels: int64 [N] of those of the parts, among them the first, whose images were drawn for a
+    class; the others are called mixed.
     """
-    rows, columns = (len(classes) if labels else 7), 4
+    rows, columns = len(classes), 4
     blocks = [
         _rows_of_classes(images, labels[name][: len(images)], rows, columns)
         if name in labels
@@ -266,10 +272,9 @@ def comparison(
     ]
     return _side_by_side(
         blocks,
-        [name if name in labels or not labels else f"{name}, mixed" for name in parts],
-        [name.replace(" ", "\n") for name in classes] if labels else [],
-        columns=[columns] * len(blocks),
-        # Many blocks become small on a page.
+        [name if name in labels else f"{name}, mixed" for name in parts],
+        [name.replace(" ", "\n") for name in classes],
+        [columns] * len(blocks),
         title_size=11,
     )
 

@@ -122,7 +122,7 @@ def test_a_comparison_has_rows_of_classes_where_images_were_drawn_for_one():
     images = torch.arange(9, dtype=torch.uint8)[:, None, None, None].expand(9, 3, 28, 28) * 10
     labels = torch.tensor([1, 0, 1, 1, 1, 1, 1, 1, 1])
     parts = {"real": images, "asked": images, "other": images}
-    figure = figures.comparison(parts, {"real": labels, "asked": labels}, ("a", "b"))
+    figure = figures.comparison_by_class(parts, {"real": labels, "asked": labels}, ("a", "b"))
     assert [axis.get_title() for axis in figure.axes] == ["real", "asked", "other, mixed"]
     assert [text.get_text() for text in figure.axes[0].texts] == ["a", "b"]
 
@@ -132,8 +132,6 @@ def test_a_comparison_has_rows_of_classes_where_images_were_drawn_for_one():
     asked, other = (tiles(axis) for axis in figure.axes[1:])
     assert asked == [[10, 255, 255, 255], [0, 20, 30, 40]]
     assert other == [[0, 10, 20, 30], [40, 50, 60, 70]]
-    (plain,) = figures.comparison({"other": images}, {}, ("a", "b")).axes
-    assert plain.get_title() == "other" and not plain.texts
 
 
 def test_sampling_quality_draws_samplers_guidance_and_jpeg_apart():
@@ -176,7 +174,7 @@ def test_a_class_with_few_images_keeps_its_own_row():
 )
 def test_larger_images_are_shown_in_more_dots(size, least, most, tmp_path):
     black = torch.zeros(28, 3, size, size, dtype=torch.uint8)
-    figures.save(figures.comparison({"a": black}, {}, ("b",)), tmp_path / "a.png")
+    figures.save(figures.comparison({"a": black}), tmp_path / "a.png")
     picture = np.asarray(Image.open(tmp_path / "a.png").convert("L"))
     dark = (picture[int(0.9 * len(picture))] < 128).sum()  # through the last row
     assert least <= dark / 4 <= most
