@@ -249,7 +249,7 @@ def _kind(name: str) -> int:
 
 
 def comparison(parts: dict[str, torch.Tensor], rows: int = 7, columns: int = 4) -> Figure:
-    """Blocks of the first images, one for each name, side by side. parts: uint8 [N, C, S, S] each."""
+    """Blocks of the first images, one for each name, side by side. parts: uint8 [N, C, S, S]."""
     blocks = [images[: rows * columns] for images in parts.values()]
     # Many blocks become small on a page.
     return _side_by_side(blocks, list(parts), [], [columns] * len(blocks), title_size=11)
