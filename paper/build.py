@@ -23,6 +23,7 @@ RESULTS = (
     "results/*.csv",
     "results/comparison*.png",
     "results/cost.png",
+    "results/compute.png",
     "results/ablations/*/table.csv",
     "results/pbc*/*.csv",
     "results/pbc*/comparison_best.png",

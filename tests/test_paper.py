@@ -189,7 +189,8 @@ def test_generators_at_a_reduced_budget_have_a_table_of_their_own(copy):
 
 
 def test_optional_parts_are_left_out(copy):
-    for name in ("comparison_best.png", "cost.png", "results_reduced.csv", "results_per_class.csv"):
+    pictures = "comparison_best.png", "cost.png", "compute.png"
+    for name in (*pictures, "results_reduced.csv", "results_per_class.csv"):
         (copy / "results" / name).unlink(missing_ok=True)
     text = words(copy)
     assert "Classes of the conditional models" not in text and "filled dots" not in text
