@@ -13,8 +13,10 @@ one is named at the end with its cause while the others go on. Exit code 0: all 
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -27,6 +29,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -157,7 +160,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "of the data set, or those that --models, --preset and --seeds leave",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (auto)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (1)")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at the same time, spread over all GPUs (1)"
+    )
     return parser.parse_args(arguments)
 
 
@@ -752,6 +757,7 @@ class Runner:
         if jobs > 1:
             threads = max(1, torch.get_num_threads() // jobs)
             self.environment["OMP_NUM_THREADS"] = str(threads)
+        self.gpus = Counter(dict.fromkeys(visible_gpus(), 0))  # and how many tasks each has
         self.processes: dict[Task, subprocess.Popen] = {}
         self.lock = threading.Lock()
         self.stopped = False
@@ -785,13 +791,13 @@ class Runner:
             "output_path": _portable(partial),
             "parameters": task.parameters,
         }
-        with tempfile.TemporaryFile("w+") as log:
+        with tempfile.TemporaryFile("w+") as log, self._a_gpu(task) as own:
             with self.lock:
                 if self.stopped:
                     return "stopped"
                 process = self.processes[task] = subprocess.Popen(
                     [sys.executable, "-c", EXECUTE, json.dumps(request)],
-                    env=self.environment,
+                    env=self.environment | own,
                     cwd=ROOT,  # the kernel's folder, too
                     stdout=subprocess.DEVNULL,
                     stderr=log,
@@ -803,12 +809,34 @@ class Runner:
                 return None
             return _cause(partial, log.read(), process.returncode, kernel_gone)
 
+    @contextlib.contextmanager
+    def _a_gpu(self, task: Task) -> Iterator[dict[str, str]]:
+        """The environment in which a task sees one of several GPUs, that with the fewest tasks."""
+        if len(self.gpus) < 2 or task.parameters.get("device") not in ("auto", "cuda"):
+            yield {}
+            return
+        with self.lock:
+            gpu = min(self.gpus, key=self.gpus.get)
+            self.gpus[gpu] += 1
+        try:
+            yield {"CUDA_VISIBLE_DEVICES": gpu}
+        finally:
+            with self.lock:
+                self.gpus[gpu] -= 1
+
     def stop(self) -> None:
         """End every process under way, kernels first: they would otherwise train on."""
         with self.lock:
             self.stopped = True
             for process in list(self.processes.values()):
                 _end(process)
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    known = names.split(",") if names else map(str, itertools.count())
+    return list(itertools.islice(known, torch.cuda.device_count()))
 
 
 def _watch(process: subprocess.Popen) -> bool:

@@ -588,7 +588,7 @@ def test_the_readmes_words_on_usefulness_have_the_numbers_of_the_records():
         "test cells (five trainings); as many real cells give {:.3f} ± {:.3f} more,".format(*gap),
         f"generator itself had learned from all {n_train:,} train cells;",
         f"with a balanced accuracy of {mean['ddpm', 'best']}, one of as many real cells with "
-        f"{gap[0]:.3f} more;",
+        f"{gap[0]:.3f} more (± {gap[1]:.3f} over trainings,",
         f"`best_small` gives {mean['ddpm', 'best_small']} ± {sd['ddpm', 'best_small']} (three",
         f"`best`, about as near as that one, gives {mean['cwgan_gp', 'best']} (five trainings),",
         "its `baseline`, at eighteen times the distance, "

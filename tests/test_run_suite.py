@@ -9,10 +9,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 
 import run_suite
 from custom_models import MODELS, cvae, make_config
@@ -426,6 +428,24 @@ def test_the_kernel_is_this_interpreter(tmp_path):
     assert Runner(jobs=1).execute(task) is None
     (cell,) = nbformat.read(task.target, as_version=4).cells
     assert cell.outputs[0].text.strip() == sys.executable
+
+
+def test_runs_at_the_same_time_take_several_gpus_in_turn(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # as torch may see fewer
+    runner, task = Runner(jobs=3), task_of(tmp_path, "")
+    task.parameters["device"] = "auto"
+    with runner._a_gpu(task) as one, runner._a_gpu(task) as two:
+        assert (one, two) == ({"CUDA_VISIBLE_DEVICES": "3"}, {"CUDA_VISIBLE_DEVICES": "5"})
+        with runner._a_gpu(task) as three:
+            assert three in (one, two)
+    with runner._a_gpu(task) as again:
+        assert again == one
+    task.parameters["device"] = "cuda:1"  # one that was chosen
+    with runner._a_gpu(task) as own:
+        assert own == {}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert Runner(jobs=1).gpus == Counter()
 
 
 def test_stop_ends_kernels(tmp_path):
