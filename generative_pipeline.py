@@ -73,8 +73,13 @@ SETS = (*SPLITS, "held_out")
 KEEPING = ("ema_decay", "validation_epochs")
 # Whose numbers or images a run's may depend on, beside torch's.
 OTHER_PACKAGES = (
-    *("numpy", "torchvision", "scipy", "scikit-learn"),
-    *("pillow", "medmnist", "pytorch-fid"),
+    "numpy",
+    "torchvision",
+    "scipy",
+    "scikit-learn",
+    "pillow",
+    "medmnist",
+    "pytorch-fid",
 )
 HELD_OUT = 10  # images: the search for copies compares two halves of them
 
@@ -216,9 +221,7 @@ class GenerativePipeline:
         self.validated_with = {name: own[name] for name in self.config.SAMPLING}
         self.kept = None  # the kept weights, where they come from their file
         if self.compile:
-            for name, network in self.model.named_children():
-                if name not in getattr(self.model, "penalised", ()):  # twice derived: not compiled
-                    network.compile()  # in place: the keys of the state stay plain
+            compile_networks(self.model)
 
     # -----------------------------------------------------------------------------------------
     # Training
@@ -240,19 +243,19 @@ class GenerativePipeline:
                     "record to train anew, or choose another folder"
                 )
             with _alone_in(self.out):
-                full = None
+                full = False
                 try:
                     self._train()
-                except torch.OutOfMemoryError as error:
-                    full = str(error).splitlines()[0]
+                except torch.OutOfMemoryError:
+                    full = True
                 except BaseException:
                     self._set_up_model()  # half an update is nothing to go on from
                     raise
                 if full:  # out here nothing holds the step's memory any more
                     self._set_up_model()
                     raise InputError(
-                        f"{full} Lower batch_size, or run fewer trainings at once; the last "
-                        "checkpoint, if there is one, is whole"
+                        f"the memory of {self.device} is full; lower batch_size, or run fewer "
+                        "trainings at once; the last checkpoint, if there is one, is whole"
                     )
 
     def _train(self) -> None:
@@ -428,7 +431,7 @@ class GenerativePipeline:
             return False
         stored = state.get("precision", self.precision)  # older checkpoints don't name it
         if stored != self.precision and state["step"] < self.total_steps:
-            if self._asked_for is None:  # half of it on one kind of device, half on another
+            if self._asked_for is None:  # as it began, whatever device it goes on with
                 self.precision = pick_precision(stored, self.device)
             else:
                 raise InputError(
@@ -976,6 +979,13 @@ def is_compiled(compile: bool | None, device: torch.device, config: ModelConfig)
     if compile is None:
         return device.type == "cuda" and config.COMPILED and can_compile()
     return compile
+
+
+def compile_networks(model: torch.nn.Module) -> None:
+    """All but those of which a penalty is derived twice; in place, so that no key changes."""
+    for name, network in model.named_children():
+        if name not in getattr(model, "penalised", ()):
+            network.compile()
 
 
 def can_compile() -> bool:

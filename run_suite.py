@@ -1029,7 +1029,7 @@ def main(arguments: list[str] | None = None) -> int:
     if slow:
         to_do = [task for task in to_do if task not in slow] + slow
         print(
-            f"{len(slow)} of these take a day or more each on a CPU, and come last: diffusion, or "
+            f"of these, {len(slow)} want half a day or more on a CPU, and come last: diffusion, or "
             "the published cWGAN-GP; leave them out with --models (MODELS= of make)",
             flush=True,
         )

@@ -54,12 +54,17 @@ class InputError(ValueError):
 
 @contextlib.contextmanager
 def exit_on_bad_input():
-    """Turn an `InputError` into one line on stderr and exit code 2, without a traceback."""
+    """Turn an `InputError`, and a GPU's full memory, into one line on stderr and exit code 2."""
     try:
         yield
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        sentence = str(error)
+    except torch.OutOfMemoryError:
+        sentence = "the GPU's memory is full; run fewer things on it at once, or choose a CPU"
+    else:
+        return
+    print(f"error: {sentence}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 class OneSentenceParser(argparse.ArgumentParser):

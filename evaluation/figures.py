@@ -248,11 +248,16 @@ def _kind(name: str) -> int:
     return 0 if "loss" in name or name == "reconstruction" else 1 if name.startswith("D(") else 2
 
 
-def comparison(parts: dict[str, torch.Tensor], rows: int = 7, columns: int = 4) -> Figure:
+def comparison(
+    parts: dict[str, torch.Tensor],
+    rows: int = 7,
+    columns: int = 4,
+    row_names: Sequence[str] = (),
+) -> Figure:
     """Blocks of the first images, one for each name, side by side. parts: uint8 [N, C, S, S]."""
     blocks = [images[: rows * columns] for images in parts.values()]
     # Many blocks become small on a page.
-    return _side_by_side(blocks, list(parts), [], [columns] * len(blocks), title_size=11)
+    return _side_by_side(blocks, list(parts), row_names, [columns] * len(blocks), title_size=11)
 
 
 def comparison_by_class(
@@ -629,7 +634,7 @@ def validation_curves(
         for axis, (model, preset) in zip(axes, runs):
             group = [r for r in records if (r["model"], r["preset"]) == (model, preset)]
             for record in group:
-                seen, values = _validation_kids(record)
+                seen, values = validation_kids(record)
                 (line,) = axis.plot(seen, values, label=f"seed {record['seed']}")
                 best = values.index(min(values))
                 axis.plot(seen[best], values[best], "o", color=line.get_color())
@@ -662,11 +667,13 @@ def equal_compute(
 ) -> Figure:
     """KID on the validation split against the arithmetic of training so far: a line a training.
 
-    records, names, published: as of `validation_curves`. flop: floating point operations of a step
-    of training by model and preset, for each image. What lies on one vertical line cost the same.
+    records, names, published: as of `validation_curves`; those that were validated with other
+    settings than they draw with are left out, since their KID is of other images. flop: floating
+    point operations of a step of training by model and preset, for each image. What lies on one
+    vertical line cost the same.
     """
+    records = [record for record in records if not record.get("validated_with")]
     runs = sorted({(r["model"], r["preset"]) for r in records}, key=str)
-    styles = {"best": "-", "best_small": "--"}
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6, 3.4), layout="constrained")
         axis = figure.subplots()
@@ -674,11 +681,11 @@ def equal_compute(
             group = [r for r in records if (r["model"], r["preset"]) == run]
             colour = COLOURS[list(names).index(run[0])]
             for k, record in enumerate(group):
-                seen, values = _validation_kids(record)
+                seen, values = validation_kids(record)
                 axis.plot(
                     [x * flop[run] / 1e15 for x in seen],
                     values,
-                    styles.get(run[1], ":"),
+                    "-" if run[1].startswith("best") else ":",
                     color=colour,
                     marker=".",
                     linewidth=1,
@@ -702,7 +709,7 @@ def equal_compute(
     return figure
 
 
-def _validation_kids(record: dict) -> tuple[list[float], list[float]]:
+def validation_kids(record: dict) -> tuple[list[float], list[float]]:
     """Images seen and KID at each validation of a training."""
     rows = [row for row in record["history"] if "validation_kid" in row]
     of_an_epoch = record["images_seen"] / record["config"]["epochs"]

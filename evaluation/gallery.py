@@ -11,7 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 from urllib.parse import quote
 
-from evaluation.per_class import trainings_markdown
+from evaluation.per_class import PROTOCOLS, trainings_markdown
 from evaluation.protocol import Protocol
 from evaluation.tables import (
     BUDGETS,
@@ -30,9 +30,9 @@ ABLATIONS = (
 )
 COMPARISONS = {
     "comparison.png": "Real images beside those of the `baseline` presets and their stand-ins, the "
-    "first that were drawn.",
+    "first that were drawn, of each class where the model has classes.",
     "comparison_best.png": "Real images beside those of the `best` presets, or of a stand-in where "
-    "it says reduced, the first that were drawn.",
+    "it says reduced, the first that were drawn, of each class where the model has classes.",
     "distances.png": "Fréchet distance of every training, a dot each; the dashed line is what "
     "held-out real images get.",
     "cost.png": "Fréchet distance against images seen in training, and against seconds. Machines "
@@ -241,10 +241,13 @@ def _progress(results: Path, folder: Path, name: str) -> list[str]:
 
 
 def _classes(row: dict, folders: dict[int, Path]) -> list[str]:
-    """The classes' own numbers over trainings, where several have them and they may be shown."""
+    """The classes' own numbers over trainings, where several have them by the same rules and they
+    may be shown."""
     paths = [folder / "per_class.json" for folder in folders.values()]
     records = [_read(path) for path in paths if path.exists()]
-    if len(records) < 2 or row["note"].startswith(WITHOUT_NUMBERS):
+    protocols = {json.dumps([record[kind] for kind in PROTOCOLS]) for record in records}
+    alike = len(records) > 1 and len(protocols) == 1
+    if not alike or row["note"].startswith(WITHOUT_NUMBERS):
         return []
     return ["Every class by itself, over trainings:", trainings_markdown(records)]
 

@@ -225,10 +225,12 @@ def trainings_markdown(records: list[dict]) -> str:
     values = {name: [record["mean"][name]["value"] for record in records] for name in names}
     lines.append(f"| **mean** | {_over_trainings(values, '', '')} |")
     n = rules["n_fake"] // len(first["per_class"])
+    fewer = first["mean"]["frechet_distance"]["classes"]
     keys = [Protocol(**first[kind]).key() for kind in PROTOCOLS]
     words = (
-        f"Mean ± sd over {len(records)} trainings, {n:,} images of each class from each; protocols "
-        f"{', '.join(keys)}, whose rules stand below each training's own table."
+        f"Mean ± sd over {len(records)} trainings, {n:,} images of each class from each; the mean "
+        f"of {distance} is of the {fewer} classes that have it. Protocols {', '.join(keys)}, whose "
+        "rules stand below each training's own table."
     )
     return in_words_of(rules["dataset"], "\n".join(lines) + f"\n\n{words}")
 

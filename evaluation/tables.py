@@ -333,7 +333,7 @@ def per_class_markdown(rows: list[dict]) -> str:
         # Images from a folder have whatever frequencies they have, and no row of real cells.
         real = ", or the class of a real test cell, among images with the test split's frequencies"
         text += real * any(row["model"] == REAL for row in rows) + ". "
-        text += "Fréchet distances, for which most classes have too few images, are not shown."
+    text += "Fréchet distances, for which classes have few images, are not shown."
     return "\n".join([*lines, "", in_words_of(rows[0]["dataset"], text)])
 
 
@@ -833,7 +833,7 @@ def _machines(rows: list[dict], name) -> list[str]:
     machines.pop("", None)  # of real cells, and of rows that were not run
     if len(machines) == 1 and not any(" on " in place for place in machines):
         return []
-    words = "Not all were trained alike, on the same device and in the same precision"
+    words = "Not all were trained on the same device, in the same precision and compiled alike"
     places = (f"{', '.join(names)}: {place}" for place, names in machines.items())
     return [f"{words} ({'; '.join(places)})."]
 
@@ -882,11 +882,12 @@ TRUST_WORDS = {
     "held out.",
     "authpct": "AuthPct: share of images not closer to a training cell than its nearest "
     "neighbour, in %; less than real cells' means copying, or the usual kinds of cells alone, "
-    "and by more than three "
-    "standard errors is told beside the verdict.",
-    "ct": "C_T: 0 is expected of real cells, with an sd of about 0.3 (ten regions) to 1 (one); it "
-    "is lower where images lie nearer to training cells, by copying or by drawing the usual kinds "
-    "alone. Below -3, a coarse threshold, that is told beside the verdict. It grows with the "
+    "and by more than three standard errors is told beside the verdict. That of real cells is of "
+    "all of them.",
+    "ct": "C_T: lower where images lie nearer to training cells than real ones do, by copying or "
+    "by drawing the usual kinds alone. In theory 0 of real cells, with an sd of about 0.3 (ten "
+    "regions) to 1 (one); what is shown is of one half of them, and another half would have "
+    "another value. Below -3, a coarse threshold, it is told beside the verdict. It grows with the "
     "number of images.",
 }
 

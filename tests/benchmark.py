@@ -21,6 +21,7 @@ from custom_models.config import ModelConfig
 from evaluation import copies, features, frechet, protocol
 from generative_pipeline import (
     CODE_VERSION,
+    compile_networks,
     describe_device,
     describe_machine,
     fuse,
@@ -88,15 +89,14 @@ def next_batch(data: ImageSet, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     return random_flips_and_turns(to_model_range(data.images[rows])), data.labels[rows]
 
 
-def set_up(config: ModelConfig, device: torch.device, compiled: bool):
+def set_up(config: ModelConfig, device: torch.device):
     """A model as the pipeline makes it on this device, and a call for one step of its training."""
     model = config.build().to(device, memory_format=torch.channels_last)
     optimizers = model.optimizers()
     if device.type == "cuda":
         fuse(optimizers)
-    if compiled:
-        for network in model.children():
-            network.compile()
+    if is_compiled(None, device, config):
+        compile_networks(model)
 
     def step(images, labels, precision: str = pick_precision(None, device)) -> None:
         bfloat16 = precision == "bfloat16"
@@ -112,7 +112,7 @@ def benchmark_model(name: str, preset: str, data: ImageSet) -> dict:
     device = data.images.device
     config = make_config(name, preset)
     size, flop = config.images_per_step, flop_of_training(config)
-    model, step = set_up(config, device, is_compiled(None, device, config))
+    model, step = set_up(config, device)
     seconds = seconds_per_call(lambda: step(*next_batch(data, size)), device)
     faster = None
     if device.type == "cpu" and has_bfloat16_instructions():
@@ -135,6 +135,7 @@ def benchmark_model(name: str, preset: str, data: ImageSet) -> dict:
     return {
         "model": name,
         "preset": preset,
+        "compiled": is_compiled(None, device, config),
         "flop_per_image": flop,
         "flop_per_second": flop * size / seconds,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -161,7 +162,7 @@ def benchmark_large(device: torch.device) -> list[dict]:
         labels = torch.arange(size, device=device) % config.n_classes
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        model, step = set_up(config, device, is_compiled(None, device, config))
+        model, step = set_up(config, device)
         call = functools.partial(step, images, labels)
         seconds = seconds_per_call(call, device, at_least=0.0)
         rows.append(
@@ -315,7 +316,8 @@ def large_as_markdown(result: dict) -> str:
             f"| {row['training_images_per_second']:,.1f} | {row['flop_per_image'] / 1e9:.1f} "
             f"| {row['peak_memory_mib'] / 1024:.1f} |"
         )
-    lines += ["", "Peak memory: of the GPU; on a CPU that of the process up to this row.", ""]
+    words = "Peak memory: of the GPU; on a CPU that of the process up to this row."
+    lines += ["", " ".join([words, *result.get("notes", [])]), ""]
     return "\n".join(lines)
 
 

@@ -116,6 +116,12 @@ def test_curves_at_equal_compute_are_those_of_validation_by_their_arithmetic():
     assert second[0].startswith("_") and second[1] == [[3.0, 4.0], [6.0, 2.0]]
     assert third == ("DCGAN best", [[8.0, 9.0], [16.0, 2.0], [24.0, 4.0]])
     assert ring == ("DCGAN baseline, to train", [[20.0, 80.0]])
+    records[0]["validated_with"] = {"sampling_steps": 16}
+    (axis,) = figures.equal_compute(records, NAMES, flop, published).axes
+    assert [line.get_label() for line in axis.lines if line.get_label()[0] != "_"] == [
+        "CVAE best",
+        "DCGAN baseline, to train",
+    ]
 
 
 def test_a_comparison_has_rows_of_classes_where_images_were_drawn_for_one():

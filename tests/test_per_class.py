@@ -199,6 +199,7 @@ def test_several_trainings_share_a_table_of_means_and_deviations(sets, eight, ba
     kid = [record["mean"]["kid"]["value"] for record in pair]
     assert table["**mean**"][1] == shown(kid, ".4g", ".2g")
     assert "over 2 trainings, 30 images of each class" in text
+    assert "(small) is of the 1 classes that have it" in text
     with bad_input("different protocols"):
         fewer = per_class.evaluate_per_class(*draw(20), sets, eight)
         per_class.trainings_markdown([pair[0], fewer])

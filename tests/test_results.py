@@ -19,8 +19,16 @@ import torch
 
 import run_suite
 from custom_models import make_config
+from custom_models.arithmetic import flop_of_training
 from custom_models.config import stored_settings
-from evaluation import augmentation, features, significance, tables, train_on_generated
+from evaluation import (
+    augmentation,
+    features,
+    figures,
+    significance,
+    tables,
+    train_on_generated,
+)
 from evaluation.reference import SHIPPED, load_reference
 from generative_pipeline import SETS, GenerativePipeline, run_folder
 from utils import ImageSet, load_dataset, to_model_range, to_uint8
@@ -588,7 +596,7 @@ def test_the_readmes_words_on_usefulness_have_the_numbers_of_the_records():
         "test cells (five trainings); as many real cells give {:.3f} ± {:.3f} more,".format(*gap),
         f"generator itself had learned from all {n_train:,} train cells;",
         f"with a balanced accuracy of {mean['ddpm', 'best']}, one of as many real cells with "
-        f"{gap[0]:.3f} more (± {gap[1]:.3f} over trainings,",
+        f"{gap[0]:.3f} more (± {gap[1]:.3f} over trainings alone);",
         f"`best_small` gives {mean['ddpm', 'best_small']} ± {sd['ddpm', 'best_small']} (three",
         f"`best`, about as near as that one, gives {mean['cwgan_gp', 'best']} (five trainings),",
         "its `baseline`, at eighteen times the distance, "
@@ -657,6 +665,26 @@ def test_the_table_of_a_grid_is_that_of_its_records(grid, tmp_path):
     tables.write_ablation_table(rows_of_grid(grid.name), tmp_path)
     for name in ("table.md", "table.csv"):
         assert (tmp_path / name).read_text() == (grid / name).read_text(), name
+
+
+def test_findings_words_on_equal_arithmetic_are_those_of_the_curves():
+    runs = {model: [] for model in ("cvae", "dcgan", "cwgan_gp")}
+    for record in RECORDS[RESULTS]:
+        if record["model"] in runs and record["preset"] == "best":
+            flop = flop_of_training(make_config(record["model"], "best"))
+            seen, kids = figures.validation_kids(record)
+            runs[record["model"]].append(([x * flop / 1e15 for x in seen], kids))
+    assert {len(group) for group in runs.values()} == {5}
+    ends = [(work[-1], kids[-1]) for work, kids in runs["cvae"]]
+    (end,) = {work for work, _ in ends}
+    assert f"after the {end:.2f} PFLOP at which the CVAE's trainings end" in words_of_the_pages()
+    by_then = [
+        math.exp(np.interp(math.log(end), np.log(work), np.log(kids)))
+        for model in ("dcgan", "cwgan_gp")
+        for work, kids in runs[model]
+    ]
+    assert max(kid for _, kid in ends) < min(by_then)
+    assert max(min(kids) for _, kids in runs["cwgan_gp"]) < min(kid for _, kid in ends)
 
 
 BENCHMARKS = sorted((RESULTS / "benchmarks").glob("*.json"))

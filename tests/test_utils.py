@@ -234,6 +234,10 @@ def test_bad_input_ends_with_code_2_and_one_line(capsys):
         raise InputError("this is wrong")
     assert caught.value.code == 2
     assert capsys.readouterr() == ("", "error: this is wrong\n")
+    with pytest.raises(SystemExit) as caught, exit_on_bad_input():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB. And more.")
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("error: the GPU's memory is full; run fewer")
 
 
 # ---------------------------------------------------------------------------------------------
