@@ -21,6 +21,8 @@ from custom_models.layers import (
 
 @dataclass(frozen=True)
 class Config(ModelConfig):
+    """A GAN with the class in both networks. A comment says what each setting is."""
+
     latent_dim: int = 100  # random numbers behind an image
     base_channels: int = 64  # of both networks at half the image's side; doubled at each halving
     lr: float = 2e-4  # step size of Adam, for both networks (section 4)
@@ -88,6 +90,8 @@ class Discriminator(nn.Module):
 
 
 class Model(nn.Module):
+    """Generator and discriminator, a step of both, and draws of a class."""
+
     conditional = True
 
     def __init__(self, config: Config):
@@ -105,6 +109,7 @@ class Model(nn.Module):
         }
 
     def latents(self, n: int, device: torch.device, generator=None) -> Tensor:
+        """z ~ N(0, I), [n, latent_dim]."""
         return torch.randn(n, self.config.latent_dim, device=device, generator=generator)
 
     def training_step(self, images: Tensor, labels: Tensor, optimizers: dict) -> dict[str, Tensor]:

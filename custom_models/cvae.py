@@ -19,6 +19,8 @@ from custom_models.layers import update
 
 @dataclass(frozen=True)
 class Config(ModelConfig):
+    """The published CVAE. A comment says what each setting is."""
+
     latent_dim: int = 64  # random numbers behind an image
     channels: tuple = (32, 64, 128)  # widths of the encoder; the decoder mirrors them
     kl_weight: float = 0.75  # weight of the KL term; 1 is the evidence lower bound
@@ -93,6 +95,8 @@ class Decoder(nn.Module):
 
 
 class Model(nn.Module):
+    """Encoder and decoder, a step by the evidence lower bound, and draws from N(0, I)."""
+
     def __init__(self, config: Config):
         super().__init__()
         self.config = config

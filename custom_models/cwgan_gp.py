@@ -23,6 +23,8 @@ from custom_models.layers import (
 
 @dataclass(frozen=True)
 class Config(ModelConfig):
+    """The published cWGAN-GP's kind of networks. A comment says what each setting is."""
+
     latent_dim: int = 100  # random numbers behind an image
     embed_size: int = 100  # length of the generator's class embedding
     base_channels: int = 64  # width at half the image's side; doubled at each further halving
@@ -135,6 +137,8 @@ class Critic(nn.Module):
 
 
 class Model(nn.Module):
+    """Generator and critic, a step of both, and draws of a class."""
+
     conditional = True
     penalised = ("critic",)  # the networks whose gradient is part of a loss
 
@@ -153,6 +157,7 @@ class Model(nn.Module):
         }
 
     def latents(self, n: int, device: torch.device, generator=None) -> Tensor:
+        """z ~ N(0, I), [n, latent_dim]."""
         return torch.randn(n, self.config.latent_dim, device=device, generator=generator)
 
     def generate(self, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:

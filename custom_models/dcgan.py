@@ -17,6 +17,8 @@ from custom_models.layers import init_dcgan, update
 
 @dataclass(frozen=True)
 class Config(ModelConfig):
+    """The published DCGAN. A comment says what each setting is."""
+
     latent_dim: int = 100  # random numbers behind an image
     generator_channels: tuple = (256, 128, 64, 32)  # widths at 4, 8, 16 and 32 pixels
     discriminator_channels: tuple = (32, 64, 128, 256)  # widths at 14, 7, 3 and 1 pixels
@@ -110,6 +112,8 @@ class Discriminator(nn.Module):
 
 
 class Model(nn.Module):
+    """Generator and discriminator, a step of both, and draws of whatever class."""
+
     conditional = False
 
     def __init__(self, config: Config):
@@ -127,6 +131,7 @@ class Model(nn.Module):
         }
 
     def latents(self, n: int, device: torch.device, generator=None) -> Tensor:
+        """z ~ N(0, I), [n, latent_dim]."""
         return torch.randn(n, self.config.latent_dim, device=device, generator=generator)
 
     def training_step(self, images: Tensor, labels: Tensor, optimizers: dict) -> dict[str, Tensor]:

@@ -18,6 +18,8 @@ from custom_models.layers import cosine_decay, update
 
 @dataclass(frozen=True)
 class Config(ModelConfig):
+    """The published diffusion model. A comment says what each setting is."""
+
     channels: tuple = (64, 128, 256, 512)  # widths of the U-Net's levels
     timesteps: int = 500  # T, steps from an image to noise
     beta_start: float = 1e-4  # variance of the noise that the first step adds
@@ -144,6 +146,8 @@ class UNet(nn.Module):
 
 
 class Model(nn.Module):
+    """The U-Net, a step of predicting noise, and the ways back from noise to images."""
+
     conditional = False
 
     def __init__(self, config: Config):

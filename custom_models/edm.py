@@ -227,6 +227,7 @@ def zero(layer: nn.Module) -> nn.Module:
 
 
 def norm(channels: int) -> nn.GroupNorm:
+    """Of groups of eight channels, whatever the width."""
     return nn.GroupNorm(channels // 8, channels)
 
 
@@ -336,6 +337,8 @@ class UNet(nn.Module):
 
 
 class Model(nn.Module):
+    """The U-Net, preconditioned, a step of denoising, and the ways back from noise to images."""
+
     conditional = True
 
     def __init__(self, config: Config):

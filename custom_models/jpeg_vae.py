@@ -40,6 +40,8 @@ from custom_models.layers import (
 
 @dataclass(frozen=True)
 class Config(ModelConfig):
+    """The CVAE's preset `best`. A comment says what each setting is."""
+
     latent_channels: int = 4  # random numbers behind each 4 × 4 pixels
     channels: tuple = (32, 64, 128)  # widths of the encoder; the decoder mirrors them
     kl_weight: float = 1.0  # weight of the KL term; 1 is the evidence lower bound
@@ -187,6 +189,8 @@ class Decoder(nn.Module):
 
 
 class Model(nn.Module):
+    """Autoencoder and prior, a step of both, and draws of a class."""
+
     conditional = True
 
     def __init__(self, config: Config):

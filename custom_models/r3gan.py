@@ -20,6 +20,8 @@ from utils import random_flips_and_turns
 
 @dataclass(frozen=True)
 class Config(ModelConfig):
+    """The DCGAN's preset `best`. A comment says what each setting is."""
+
     latent_dim: int = 64  # random numbers behind an image
     generator_channels: tuple = (96, 64, 32)  # widths at a quarter of the side, a half, the whole
     discriminator_channels: tuple = (32, 64, 96)  # widths at the whole side, a half, a quarter
@@ -104,6 +106,8 @@ class Discriminator(nn.Module):
 
 
 class Model(nn.Module):
+    """Generator and discriminator, a step of both, and draws of whatever class."""
+
     conditional = False
     penalised = ("discriminator",)  # the networks whose gradient is part of a loss
 
@@ -123,6 +127,7 @@ class Model(nn.Module):
         }
 
     def latents(self, n: int, device: torch.device, generator=None) -> Tensor:
+        """z ~ N(0, I), [n, latent_dim]."""
         return torch.randn(n, self.config.latent_dim, device=device, generator=generator)
 
     def training_step(self, images: Tensor, labels: Tensor, optimizers: dict) -> dict[str, Tensor]:

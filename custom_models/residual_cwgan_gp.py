@@ -89,7 +89,7 @@ def with_deeper_levels(widths: tuple, image_size: int) -> tuple:
 
 
 class ConditionalBatchNorm(nn.Module):
-    """Batch norm with a scale and a shift for each class."""
+    """Batch norm with a scale and a shift for each class: [N, C, H, W], labels [N] → the same."""
 
     def __init__(self, width: int, n_classes: int):
         super().__init__()
@@ -105,7 +105,7 @@ class ConditionalBatchNorm(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Doubles the side (appendix F): x enlarged and projected, plus two convolutions."""
+    """x enlarged, plus two convolutions of it (appendix F): [N, C, H, W] → [N, D, 2 H, 2 W]."""
 
     def __init__(self, inputs: int, outputs: int, n_classes: int):
         super().__init__()
