@@ -709,6 +709,40 @@ def equal_compute(
     return figure
 
 
+def balance(records: list[dict], names: dict[str, str]) -> Figure:
+    """How far apart a discriminator holds real and generated images, by epoch: a line a training.
+
+    records: of trainings that log D(x) and D(G(z)), as probabilities, or the margin between the
+    two, in a panel for each model and preset. At zero it can't tell them apart. What is above one
+    is cut off.
+    """
+    runs = sorted({(r["model"], r["preset"]) for r in records}, key=str)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(3.4 * len(runs), 2.7), layout="constrained")
+        axes = figure.subplots(1, len(runs), squeeze=False, sharey=True)[0]
+        for axis, run in zip(axes, runs):
+            group = [r for r in records if (r["model"], r["preset"]) == run]
+            for record in group:
+                rows = record["history"]
+                axis.plot(
+                    [row["epoch"] for row in rows],
+                    [
+                        row["margin"] if "margin" in row else row["D(x)"] - row["D(G(z)) before"]
+                        for row in rows
+                    ],
+                    label=f"seed {record['seed']}",
+                )
+            axis.axhline(0, color="black", lw=1, ls="--")
+            axis.set_ylim(-0.1, 1)
+            axis.set_title(_run_title(group[0], names))
+            axis.set_xlabel("epoch")
+            margin = "margin" in group[0]["history"][0]
+            axis.set_ylabel("margin" if margin else "D(x) − D(G(z))")
+            axis.tick_params("y", labelleft=True)
+            axis.legend(fontsize=7)
+    return figure
+
+
 def validation_kids(record: dict) -> tuple[list[float], list[float]]:
     """Images seen and KID at each validation of a training."""
     rows = [row for row in record["history"] if "validation_kid" in row]

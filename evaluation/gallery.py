@@ -40,6 +40,8 @@ COMPARISONS = {
     "compute.png": "Kernel distance on the validation split against the arithmetic of the training "
     "so far, in PFLOP: what lies on one vertical line cost the same. A ring is the end of a "
     "published training (KID to the train split).",
+    "balance.png": "How far apart a GAN's discriminator holds real and generated images, by epoch; "
+    "at zero it can't tell them apart, and the contest is over.",
     "stability.png": "Kernel distance on the validation split as training goes on; the dot is the "
     "step that was kept, a ring the end of a published training (KID to the train split).",
 }

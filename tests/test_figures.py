@@ -124,6 +124,20 @@ def test_curves_at_equal_compute_are_those_of_validation_by_their_arithmetic():
     ]
 
 
+def test_the_balance_of_a_contest_is_the_margin_or_the_difference_of_probabilities():
+    plain, best = (record("dcgan", preset, "GPU", 3, 7.0) for preset in ("baseline", "best"))
+    plain["history"] = [
+        {"epoch": 1, "D(x)": 0.75, "D(G(z)) before": 0.25, "D(G(z)) after": 0.0},
+        {"epoch": 2, "D(x)": 0.5, "D(G(z)) before": 0.5, "D(G(z)) after": 0.5},
+    ]
+    best["history"] = [{"epoch": 1, "margin": 3.0}, {"epoch": 2, "margin": 0.25}]
+    first, second = figures.balance([best, plain], NAMES).axes
+    assert [axis.get_ylabel() for axis in (first, second)] == ["D(x) − D(G(z))", "margin"]
+    assert first.lines[0].get_xydata().tolist() == [[1, 0.5], [2, 0]]
+    assert second.lines[0].get_xydata().tolist() == [[1, 3], [2, 0.25]]
+    assert first.get_ylim() == second.get_ylim() == (-0.1, 1)
+
+
 def test_a_comparison_has_rows_of_classes_where_images_were_drawn_for_one():
     images = torch.arange(9, dtype=torch.uint8)[:, None, None, None].expand(9, 3, 28, 28) * 10
     labels = torch.tensor([1, 0, 1, 1, 1, 1, 1, 1, 1])
