@@ -73,6 +73,7 @@ BEST = (
     Ablation("best", "cvae", "best"),
     Ablation("normal prior", "cvae", "best", {"learned_prior": False}, "N(0, I), not learned"),
     Ablation("temperature 1", "cvae", "best", {"temperature": 1.0}, "draws as the model says"),
+    Ablation("temperature 0.75", "cvae", "best", {"temperature": 0.75}, "draws less cooled"),
     Ablation("temperature 0", "cvae", "best", {"temperature": 0.0}, "means, without a texture"),
     Ablation("no warm-up", "cvae", "best", {"kl_warmup_images": 0}, "whole KL from the start"),
     Ablation("one draw", "cvae", "best", {"prior_draws": 1}, "the prior sees each image once"),
