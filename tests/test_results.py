@@ -205,7 +205,7 @@ def test_the_readmes_words_have_the_numbers_of_the_records():
     blind = [first_blind_epoch(r["history"]) for r in runs]
     assert f"In all {NUMBERS[len(runs)]} trainings of the DCGAN's `baseline` its" in words
     epochs = f"from the {ORDINALS[min(blind)]} to the {ORDINALS[max(blind)]} epoch on"
-    assert f"{epochs};" in words and f"in all five its discriminator, {epochs}, rates" in words
+    assert f"{epochs} ([" in words and f"in all five its discriminator, {epochs}, rates" in words
     for model in ("cvae", "dcgan"):
         of = Counter(r["preset"] for r in RECORDS[RESULTS] if r["model"] == model)
         name, n, best = f"the {model.upper()}'s `baseline` over", of["baseline"], of["best"]
@@ -709,35 +709,38 @@ def changed(rows: list[dict], model: str) -> dict[str, tuple[str, str]]:
 def test_findings_have_the_numbers_of_the_grid_of_best():
     words, rows = words_of_the_pages(), rows_of_grid("best")
     cvae, dcgan, cwgan_gp = (changed(rows, model) for model in ("cvae", "dcgan", "cwgan_gp"))
-    assert set(cvae) == {"normal prior", "temperature 1", "temperature 0", "no EMA"}
-    assert set(dcgan) == {"no JPEG", "no EMA"} and set(cwgan_gp) == {"no EMA"}
+    cooling = ("temperature 1", "temperature 0.75", "temperature 0")
+    assert set(cvae) == {"normal prior", *cooling, "no EMA"}
+    assert set(dcgan) == {"no JPEG", "no EMA", "no turns"} and set(cwgan_gp) == {"no EMA"}
     assert not changed(rows, "ddpm")
-    assert "Seven rows of the [table of ablations]" in words
+    assert "Nine rows of the [table of ablations]" in words
     gains = {(r["model"], r["ablation"]): r for r in rows if r["difference_sd"]}
     sure = {key for key, r in gains.items() if r["difference_p_holm"] < 0.05}
-    assert sure == {("cvae", name) for name in ("normal prior", "temperature 1", "temperature 0")}
-    three = [gains[key] for key in (("cwgan_gp", "no EMA"), *DCGAN_ROWS)]
-    assert all(min(json.loads(r["differences"]).values()) > 0 for r in three)
-    shown = ["+{difference_mean:.0f} ± {difference_sd:.0f}".format(**r) for r in three]
-    sentence = "cWGAN-GP's ({}) and the DCGAN's two ({} and {}) go the same way in all three"
-    assert sentence.format(*shown) in words
-    alone = three[0]["difference_p"], three[0]["difference_p_holm"]
+    assert sure == {("cvae", name) for name in ("normal prior", *cooling)}
+    four = [gains[key] for key in (("cwgan_gp", "no EMA"), *DCGAN_ROWS)]
+    for row in four:
+        assert len({gain > 0 for gain in json.loads(row["differences"]).values()}) == 1
+    shown = ["{difference_mean:+.0f} ± {difference_sd:.0f}".format(**r) for r in four]
+    sentence = "cWGAN-GP's ({}) and the DCGAN's three ({}, {} and {}) go the same way in all three"
+    assert sentence.format(*shown).replace("-", "−") in words.replace("-", "−")
+    alone = four[0]["difference_p"], four[0]["difference_p_holm"]
     assert "the first is by itself (p = {:.3f}; {:.2f} after Holm)".format(*alone) in words
     assert len({own for _, own in cvae.values()}) == 1  # the same seeds
     assert int(cvae["no EMA"][0]) < int(cvae["no EMA"][1])
     assert "its `best` lies at {} instead of {},".format(*cvae["normal prior"]) in words
     cooled = f"temperature 1 instead of 0.5 at {cvae['temperature 1'][0]}, at temperature 0,"
     assert cooled in words and f"without any texture, at {cvae['temperature 0'][0]}." in words
+    near = gains["cvae", "temperature 0.75"]
+    sentence = "At 0.75 it lies at {}, with a recall of {:.2f} instead of {:.2f}:"
+    own = statistics.mean(r["metrics"]["recall"] for r in three_of("runs/cvae-best", (0, 1, 2)))
+    assert sentence.format(cvae["temperature 0.75"][0], near["recall_mean"], own) in words
     assert "the DCGAN's `best` lies at {} instead of {},".format(*dcgan["no EMA"]) in words
     assert "the cWGAN-GP's at {} instead of {};".format(*cwgan_gp["no EMA"]) in words
     assert "to a fiftieth, at {} instead of {}, so that there".format(*cvae["no EMA"]) in words
     without = "without it the DCGAN's `best` lies at {} instead of {}:".format(*dcgan["no JPEG"])
     assert without in words
-    folders = RESULTS / "ablations/best/dcgan-best-no-jpeg", RESULTS / "runs/dcgan-best"
-    runs = [
-        [json.loads((folder / f"seed{seed}/record.json").read_text()) for seed in (2, 3, 4)]
-        for folder in folders
-    ]
+    folders = "ablations/best/dcgan-best-no-jpeg", "runs/dcgan-best"
+    runs = [three_of(folder, (2, 3, 4)) for folder in folders]
     distances = [[f"{r['metrics']['frechet_distance']:.0f}" for r in part] for part in runs]
     assert "at {}, {} and {} where the same seeds".format(*distances[0]) in words
     assert "with it have {}, {} and {}.".format(*distances[1]) in words
@@ -756,6 +759,29 @@ def test_findings_have_the_numbers_of_the_grid_of_best():
     for record in runs[0]:
         kids = [row["validation_kid"] for row in record["history"] if "validation_kid" in row]
         assert kids[-1] == min(kids)
+
+
+def test_findings_have_the_numbers_of_the_dcgan_without_turns():
+    words = words_of_the_pages()
+    folders = "ablations/best/dcgan-best-no-turns", "runs/dcgan-best"
+    runs = [three_of(folder, (2, 3, 4)) for folder in folders]
+    distances = [[r["metrics"]["frechet_distance"] for r in part] for part in runs]
+    sentence = "it lies at {:.0f}: at {:.0f}, {:.0f} and {:.0f} where the same seeds with turns"
+    assert sentence.format(statistics.mean(distances[0]), *distances[0]) in words
+    recalls = [statistics.mean(r["metrics"]["recall"] for r in part) for part in runs]
+    sentence = "have {:.0f}, {:.0f} and {:.0f}, with a recall of {:.2f} instead of {:.2f}."
+    assert sentence.format(*distances[1], *recalls) in words
+    assert {r["metrics"]["copies"]["verdict"] for r in runs[0]} == {"no sign of copies"}
+    rose = []
+    for record in runs[0]:
+        kids = {h["epoch"]: h["validation_kid"] for h in record["history"] if "validation_kid" in h}
+        rose.append(min(kids, key=kids.get))
+    assert rose.count(12) == 1 and "the twelfth of eighteen epochs on" in words, rose
+
+
+def three_of(folder: str, seeds: tuple[int, ...]) -> list[dict]:
+    """Records of the trainings of these seeds."""
+    return [json.loads((RESULTS / folder / f"seed{k}/record.json").read_text()) for k in seeds]
 
 
 def test_findings_have_the_numbers_of_the_published_grid():
@@ -801,7 +827,7 @@ def test_findings_have_the_numbers_of_the_published_grid():
     assert "128 latents hardly ({:.3f} and {:.3f}), 32 not.".format(*both) in words
 
 
-DCGAN_ROWS = ("dcgan", "no EMA"), ("dcgan", "no JPEG")
+DCGAN_ROWS = ("dcgan", "no EMA"), ("dcgan", "no JPEG"), ("dcgan", "no turns")
 KL_ROWS = ("KL weight 0.25", "KL weight 0.5", "KL weight 1")
 
 
