@@ -39,7 +39,7 @@ class Config(ModelConfig):
     batch_size: int = 64
     epochs: int = 18
     ema_decay: float = 0.999
-    flips_and_turns: bool = True
+    flips_and_turns: bool = False
     validation_epochs: int = 3
 
     def __post_init__(self):
