@@ -816,11 +816,12 @@ class GenerativePipeline:
         all from the same noise; they are compared with the validation split, so that a setting may
         be chosen by them. Returns a row for each: settings, evaluations of the network for one
         image, kid and kid_standard_error. They are kept in sampling.json, with a picture beside it,
-        and measured once. Raises InputError for a model without samplers to choose from.
+        and measured once. Raises InputError for a model without such settings.
         """
-        if not all(hasattr(self.config, name) for name in figures.SAMPLING_SETTINGS):
+        if not self.config.COMPARED:
             raise InputError(
-                f"{self.name} {self.preset} has no samplers to choose from; ddpm's best has"
+                f"{self.name} {self.preset} has no settings of sampling to compare; the presets "
+                "best of cvae and ddpm have"
             )
         self._require_splits()
         val, extractor, path = self.sets["val"], self.extractor(), self.out / "sampling.json"
@@ -861,14 +862,14 @@ class GenerativePipeline:
         return rows
 
     def _sampling_settings(self, changes: dict) -> dict:
-        unknown = [name for name in changes if name not in figures.SAMPLING_SETTINGS]
+        unknown = [name for name in changes if name not in self.config.COMPARED]
         if unknown:
             raise InputError(
                 f"{', '.join(unknown)} can't be compared here; the sampler's settings are "
-                f"{', '.join(figures.SAMPLING_SETTINGS)}"
+                f"{', '.join(self.config.COMPARED)}"
             )
         config = dataclasses.replace(self.config, **changes)
-        return {name: getattr(config, name) for name in figures.SAMPLING_SETTINGS}
+        return {name: getattr(config, name) for name in self.config.COMPARED}
 
     def nearest_training_images(
         self, images: torch.Tensor, k: int = 4

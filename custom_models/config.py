@@ -31,6 +31,8 @@ class ModelConfig:
     LATER: ClassVar[dict] = {}
     # Settings that sampling alone reads: a finished training may be sampled by others.
     SAMPLING: ClassVar[tuple] = ()
+    # Those of them that `measure_sampling` compares.
+    COMPARED: ClassVar[tuple] = ()
     # Whether torch.compile makes up for its minute in a training on a GPU.
     COMPILED: ClassVar[bool] = False
 

@@ -66,6 +66,13 @@ class Config(ModelConfig):
         "jpeg_quality",
         "jpeg_chroma",
     )
+    COMPARED: ClassVar[tuple] = (
+        "sampler",
+        "sampling_steps",
+        "guidance_scale",
+        "jpeg_quality",
+        "jpeg_chroma",
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -36,6 +36,7 @@ from custom_models.layers import (
     update,
     warmed_cosine_decay,
 )
+from custom_models.samplers import evaluations
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Config(ModelConfig):
     jpeg_chroma: str = "dct"  # how JPEG halves colours: mean, or dct as BloodMNIST's own
     JPEG_ELSEWHERE: ClassVar[int] = 95  # jpeg_quality for data that was not stored as JPEG
     SAMPLING: ClassVar[tuple] = ("learned_prior", "prior_steps", "temperature")
+    COMPARED: ClassVar[tuple] = ("temperature", "prior_steps")
     lr: float = 1e-3  # largest step size of Adam, of the autoencoder and of the prior
     warmup_images: int = 10_000  # images over which the learning rate rises from 0 to lr
     decay_images: int = 143_500  # images over which lr falls to a fiftieth, by a cosine
@@ -119,6 +121,14 @@ class Config(ModelConfig):
             rho=7.0,
             guidance_scale=1.0,
         )
+
+
+def sampling_variants(config: Config) -> list[dict]:
+    """What quality is measured against, with one set of weights: temperature, and steps."""
+    variants = [{"temperature": t} for t in (0.0, 0.25, 0.5, 0.625, 0.75, 0.875, 1.0)]
+    if config.learned_prior:
+        variants += [{"prior_steps": steps} for steps in (6, 12, 24, 48)]
+    return variants
 
 
 def as_maps(condition: Tensor, side: int) -> Tensor:
@@ -272,6 +282,13 @@ class Model(nn.Module):
         mean, _ = self.encoder(images, self.condition(labels))
         coefficients = [mean.round() for mean, _ in self.decode(mean, labels)]
         return self.jpeg.decode(*coefficients, images.shape[2:])
+
+    def evaluations(self) -> int:
+        """Passes of a network for one image: those of the prior, and the decoder's."""
+        config = self.config
+        if not config.learned_prior:
+            return 1
+        return 1 + evaluations(config.prior.sampler, config.prior_steps)
 
     @torch.no_grad()
     def sample(self, labels: Tensor, generator: torch.Generator) -> Tensor:

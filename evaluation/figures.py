@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -750,47 +750,70 @@ def validation_kids(record: dict) -> tuple[list[float], list[float]]:
     return [row["epoch"] * of_an_epoch for row in rows], [row["validation_kid"] for row in rows]
 
 
-SAMPLING_SETTINGS = ("sampler", "sampling_steps", "guidance_scale", "jpeg_quality", "jpeg_chroma")
-
-
 def sampling_quality(rows: list[dict]) -> Figure:
-    """KID against evaluations of the network, a line a sampler, against the guidance scale, and
-    with images as drawn or stored as JPEG.
+    """KID under other settings of the sampler, of the same weights from the same noise.
 
+    Of diffusion, against evaluations of the network, a line a sampler, against the guidance scale,
+    and with images as drawn or stored as JPEG; of the CVAE, against temperature and evaluations.
     rows: of `GenerativePipeline.measure_sampling`, the preset's own settings first. Bars: ± one
     standard error. The ring is the preset's own setting.
     """
     own = rows[0]
+    settings = {*own} - {"evaluations", "kid", "kid_standard_error"}
 
     def varied(*names: str) -> list[dict]:
         """The rows that differ from the preset's own in nothing but these settings."""
-        same = {*SAMPLING_SETTINGS} - {*names}
-        return [row for row in rows if all(row[name] == own[name] for name in same)]
+        return [row for row in rows if all(row[name] == own[name] for name in settings - {*names})]
 
-    steps = varied("sampler", "sampling_steps")
-    scales = varied("guidance_scale")
-    files = [row | {"file": _file_format(row)} for row in varied("jpeg_quality", "jpeg_chroma")]
+    panels = _panels_of_the_cvae if "temperature" in own else _panels_of_diffusion
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8.0, 2.8), layout="constrained")
-        left, right, stored = figure.subplots(1, 3, sharey=True, width_ratios=(4, 3, 2))
-        for sampler in sorted({row["sampler"] for row in steps}):
-            line = [row for row in steps if row["sampler"] == sampler]
-            _with_errors(left, line, "evaluations", sampler)
-        _with_errors(right, scales, "guidance_scale", None)
-        _with_errors(stored, files, "file", None, fmt="o")
-        own = files[0]
-        for axis, cost in ((left, "evaluations"), (right, "guidance_scale"), (stored, "file")):
-            axis.plot(own[cost], own["kid"], "o", ms=11, color="black", fillstyle="none")
-            log_scale(axis, "y")
-        left.set_xscale("log", base=2)
-        left.xaxis.set_major_formatter(PLAIN)
-        left.set_xlabel("evaluations of the network for one image")
-        left.set_ylabel("KID against the validation split")
-        left.legend(fontsize=7)
-        right.set_xlabel("guidance scale; 1: none")
-        stored.set_xlabel("images stored")
-        stored.margins(x=0.3)
+        return panels(own, varied)
+
+
+def _panels_of_the_cvae(own: dict, varied: Callable[..., list[dict]]) -> Figure:
+    figure = Figure(figsize=(7.0, 2.8), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    _with_errors(left, varied("temperature"), "temperature", None)
+    _with_errors(right, varied("prior_steps"), "evaluations", None)
+    _ring(left, own, "temperature")
+    _ring(right, own, "evaluations")
+    left.set_ylabel("KID against the validation split")
+    left.set_xlabel("temperature; 0: means, 1: as trained")
+    _evaluations(right)
     return figure
+
+
+def _panels_of_diffusion(own: dict, varied: Callable[..., list[dict]]) -> Figure:
+    figure = Figure(figsize=(8.0, 2.8), layout="constrained")
+    left, right, stored = figure.subplots(1, 3, sharey=True, width_ratios=(4, 3, 2))
+    steps = varied("sampler", "sampling_steps")
+    for sampler in sorted({row["sampler"] for row in steps}):
+        line = [row for row in steps if row["sampler"] == sampler]
+        _with_errors(left, line, "evaluations", sampler)
+    _with_errors(right, varied("guidance_scale"), "guidance_scale", None)
+    files = [row | {"file": _file_format(row)} for row in varied("jpeg_quality", "jpeg_chroma")]
+    _with_errors(stored, files, "file", None, fmt="o")
+    _ring(left, own, "evaluations")
+    _ring(right, own, "guidance_scale")
+    _ring(stored, files[0], "file")
+    left.set_ylabel("KID against the validation split")
+    left.legend(fontsize=7)
+    _evaluations(left)
+    right.set_xlabel("guidance scale; 1: none")
+    stored.set_xlabel("images stored")
+    stored.margins(x=0.3)
+    return figure
+
+
+def _ring(axis, own: dict, name: str) -> None:
+    axis.plot(own[name], own["kid"], "o", ms=11, color="black", fillstyle="none")
+    log_scale(axis, "y")
+
+
+def _evaluations(axis) -> None:
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(PLAIN)
+    axis.set_xlabel("evaluations of the network for one image")
 
 
 def _file_format(row: dict) -> str:

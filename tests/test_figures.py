@@ -177,6 +177,21 @@ def test_sampling_quality_draws_samplers_guidance_and_jpeg_apart():
     assert [t.get_text() for t in stored.get_xticklabels()] == ["JPEG,\ndct", "as\ndrawn"]
 
 
+def test_sampling_quality_of_the_cvae_draws_temperature_and_steps_apart():
+    own = {"temperature": 0.5, "prior_steps": 24, "evaluations": 25, "kid_standard_error": 0.5}
+    rows = [
+        {**own, "kid": 4.0},
+        {**own, "temperature": 1.0, "kid": 6.0},
+        {**own, "prior_steps": 6, "evaluations": 7, "kid": 9.0},
+    ]
+    left, right = figures.sampling_quality(rows).axes
+    assert left.containers[0].lines[0].get_xydata().tolist() == [[0.5, 4], [1, 6]]
+    assert right.containers[0].lines[0].get_xydata().tolist() == [[7, 9], [25, 4]]
+    assert left.lines[-1].get_xydata().tolist() == [[0.5, 4]]  # the ring
+    assert right.lines[-1].get_xydata().tolist() == [[25, 4]]
+    left.figure.draw_without_rendering()
+
+
 def test_a_class_with_few_images_keeps_its_own_row():
     labels = torch.tensor([1, 0, 1] + [2] * 9)
     images = (labels * 10).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 28, 28)

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from torch.optim import Adam
 
 import generative_pipeline
-from custom_models import MODELS, make_config
+from custom_models import MODELS, jpeg_vae, make_config
 from custom_models.drawing import as_kept, load_model
 from evaluation import features, figures, judge, kid, per_class, protocol, tables
 from generative_pipeline import GenerativePipeline, derive_seed, run_folder
@@ -1231,8 +1231,8 @@ def test_the_budget_tells_a_shortened_run_from_a_full_one(make):
     assert make(**small).budget() == "reduced"
 
 
-def test_only_models_with_samplers_have_them_measured(make, bad_input):
-    with bad_input("cvae quick has no samplers to choose from"):
+def test_only_models_with_settings_of_sampling_have_them_measured(make, bad_input):
+    with bad_input("cvae quick has no settings of sampling to compare"):
         make().measure_sampling([])
 
 
@@ -1270,6 +1270,23 @@ def test_settings_of_the_sampler_are_measured_from_the_same_weights(make, monkey
     pipeline.training = pipeline.training | {"precision": "bfloat16"}  # trained again
     with pytest.raises(TypeError):
         pipeline.measure_sampling(variants, n=16)
+
+
+def test_the_cvae_s_temperature_is_measured_from_the_same_weights(make):
+    pipeline = make("cvae", preset="best")
+    pipeline.train()
+    own = pipeline.config
+    rows = pipeline.measure_sampling([{"temperature": own.temperature}, {"prior_steps": 3}], n=16)
+    assert [row["prior_steps"] for row in rows] == [own.prior_steps, own.prior_steps, 3]
+    assert [row["evaluations"] for row in rows] == [own.prior_steps + 1] * 2 + [4]
+    assert rows[0]["kid"] == rows[1]["kid"] != rows[2]["kid"]
+    assert (pipeline.out / "sampling.png").exists()
+    variants = jpeg_vae.sampling_variants(own)
+    assert {"temperature": own.temperature} in variants
+    assert all(variant.keys() <= {*own.COMPARED} for variant in variants)
+    plain = dataclasses.replace(own, learned_prior=False)
+    assert jpeg_vae.Model(plain).evaluations() == 1
+    assert not any("prior_steps" in variant for variant in jpeg_vae.sampling_variants(plain))
 
 
 def test_only_the_sampler_s_settings_are_compared(make, bad_input):
