@@ -1,6 +1,7 @@
 """R3GAN: the relativistic losses, both penalties and their rhythm, and the turned images."""
 
 import dataclasses
+import math
 from itertools import pairwise
 
 import pytest
@@ -16,8 +17,11 @@ TINY = dataclasses.replace(
     generator_channels=(8, 8, 16),
     discriminator_channels=(8, 8, 16),
     gamma_end=1.0,  # as at first
+    gamma=1.0,
     penalty_interval=4,
+    decay_images=10**9,  # the rate stays
     batch_size=8,
+    flips_and_turns=True,
 )
 
 
@@ -32,12 +36,16 @@ def images(n: int = 8, size: int = 28) -> torch.Tensor:
     return F.interpolate(coarse, size=(size, size), mode="bilinear")
 
 
+def still() -> torch.optim.Optimizer:
+    """Of nothing: the network stays."""
+    return torch.optim.SGD([torch.zeros(1)])
+
+
 def sgd(model: r3gan.Model, lr: float) -> dict[str, torch.optim.Optimizer]:
     """Plain gradient descent for the discriminator; the generator stays."""
-    return {
-        "generator": torch.optim.SGD(model.generator.parameters(), lr=0),
-        "discriminator": torch.optim.SGD(model.discriminator.parameters(), lr=lr),
-    }
+    model.config = dataclasses.replace(model.config, lr=lr)
+    discriminator = torch.optim.SGD(model.discriminator.parameters())
+    return {"generator": still(), "discriminator": discriminator}
 
 
 class Fixed(nn.Module):
@@ -85,7 +93,7 @@ def test_losses_judge_each_generated_image_beside_its_own_real_one():
     model.generator, model.discriminator = Fixed(fakes), Linear()
     with torch.no_grad():
         margin = (model.discriminator(real) - model.discriminator(fakes)).double()
-    logged = model.training_step(real, None, sgd(model, lr=0))
+    logged = model.training_step(real, None, {"generator": still(), "discriminator": still()})
     assert margin.std() > 1  # so that another pairing would give another loss
     assert logged["margin"].item() == pytest.approx(margin.mean().item(), abs=1e-5)
     loss_d = torch.log1p((-margin).exp()).mean().item()
@@ -99,7 +107,7 @@ def test_the_penalties_of_a_linear_discriminator_are_its_squared_norm(interval):
     model = build(penalty_interval=interval)
     model.discriminator = Linear()
     norm = model.discriminator.weights.square().sum().item()
-    logged = model.training_step(images(), None, sgd(model, lr=0))
+    logged = model.training_step(images(), None, {"generator": still(), "discriminator": still()})
     for name in ("r1", "r2"):
         assert logged[name].item() == pytest.approx(interval * norm, rel=1e-5)
 
@@ -108,7 +116,7 @@ def test_each_penalty_is_of_its_own_images():
     model, real = build(penalty_interval=1), images()
     fakes = 0.3 * images(16)[8:]
     model.generator, model.discriminator = Fixed(fakes), HalfSquare()
-    logged = model.training_step(real, None, sgd(model, lr=0))
+    logged = model.training_step(real, None, {"generator": still(), "discriminator": still()})
     for name, shown in (("r1", real), ("r2", fakes)):
         expected = shown.square().sum((1, 2, 3)).mean().item()
         assert logged[name].item() == pytest.approx(expected, rel=1e-5)
@@ -140,6 +148,18 @@ def test_the_weight_of_the_penalties_falls_geometrically_over_images_then_stays(
     shrinkage = [1 - after / before for before, after in pairwise(norms)]
     expected = [0.02 * 2.0 * 0.01 ** min(step / 6, 1) for step in range(1, 9)]
     assert shrinkage == pytest.approx(expected, rel=0.01, abs=1e-6)
+
+
+def test_both_learning_rates_fall_with_the_images_seen():
+    model = build(lr=0.1, decay_images=48)
+    optimizers, rates = model.optimizers(), []
+    for _ in range(7):
+        model.training_step(images(), None, optimizers)
+        rates.append([optimizer.param_groups[0]["lr"] for optimizer in optimizers.values()])
+    assert all(one == other for one, other in rates)
+    cosines = [(1 + math.cos(math.pi * min(1, k / 6))) / 2 for k in range(1, 8)]
+    expected = [0.1 * (0.02 + 0.98 * c) for c in cosines]
+    assert [one for one, _ in rates] == pytest.approx(expected)
 
 
 def penalised(model: r3gan.Model, optimizers: dict, steps: int) -> list[bool]:
@@ -254,7 +274,7 @@ def test_the_generator_learns_to_fool_a_fixed_discriminator():
     """The sign of its loss: the margin of real over generated images must fall."""
     model = build(lr=2e-3)
     model.discriminator = Linear(0.02)
-    optimizers = {**sgd(model, lr=0), "generator": model.optimizers()["generator"]}
+    optimizers = {**model.optimizers(), "discriminator": still()}
     margins = [model.training_step(images(), None, optimizers)["margin"].item() for _ in range(12)]
     assert margins[-1] < margins[0] - 0.2
 
