@@ -31,9 +31,8 @@ class Config(ModelConfig):
     latent_dim: int = 64  # random numbers behind an image
     generator_channels: tuple = (96, 64, 32)  # widths at a quarter of the side, a half, the whole
     discriminator_channels: tuple = (32, 64, 96)  # widths at the whole side, a half, a quarter
-    # A tenth of it lets the discriminator win the first epochs: its slope then is that of a margin
-    # of 5 between cells and flat colours, and in one of five trainings on cells as they lie, without
-    # a decay of lr, the generator's tanh had gone so far into saturation that it never came back.
+    # With a tenth of it the discriminator keeps cells and flat colours apart by a margin of 4 to 5
+    # for an epoch or more, and in one training the generator, its tanh saturated, never came back.
     gamma: float = 10.0  # weight of both penalties at first
     gamma_end: float = 0.1  # their weight after anneal_images; between them it falls geometrically
     anneal_images: int = 240_000  # images over which that weight falls
