@@ -1360,10 +1360,10 @@ def test_images_are_stored_as_jpeg_where_the_data_was(name, elsewhere, make):
 
 @pytest.mark.parametrize("data", ["MNIST (test digits)", "CelebA Smiling", "PBC"])
 def test_images_with_an_up_are_not_turned(data, make):
-    train = make("dcgan").sets["train"]
+    train = make("cwgan_gp").sets["train"]
     own = {"train": ImageSet(data, "train", train.images, train.labels, train.classes)}
-    assert make("dcgan", preset="best", sets=own).config.flips_and_turns == (data == "PBC")
-    assert make("dcgan", preset="best", sets=own, flips_and_turns=True).config.flips_and_turns
+    assert make("cwgan_gp", preset="best", sets=own).config.flips_and_turns == (data == "PBC")
+    assert make("cwgan_gp", preset="best", sets=own, flips_and_turns=True).config.flips_and_turns
 
 
 def test_settings_that_came_later_leave_the_identity_of_earlier_runs_as_it_was(make):
