@@ -214,6 +214,10 @@ def test_the_readmes_words_have_the_numbers_of_the_records():
             f"{name} {NUMBERS[n]} and its `best` over {NUMBERS[best]},",
         )
         assert any(sentence in words for sentence in sentences)
+    (row,) = tables.results_table(dcgan)
+    sentence = "{:.0f} (a DCGAN, {} trainings of half an hour)"
+    assert sentence.format(row["frechet_mean"], NUMBERS[len(dcgan)]) in words
+    assert all(0.45 < r["seconds"] / 3600 < 0.65 for r in dcgan)
     runs = [r for r in RECORDS[RESULTS] if (r["model"], r["preset"]) == ("cwgan_gp", "best")]
     assert len(runs) == 5 and "the cWGAN-GP's `baseline` once and its `best` over five," in words
     (row,) = tables.results_table(runs)
@@ -223,7 +227,7 @@ def test_the_readmes_words_have_the_numbers_of_the_records():
     assert f"the cWGAN-GP's five at {', '.join(most)} and {last}." in words
     runs = [r for r in RECORDS[RESULTS] if (r["model"], r["preset"]) == ("cvae", "best")]
     _, row = tables.results_table(runs, tables.floor_of(runs))
-    assert f"**The CVAE's `best`** lies at {row['frechet_mean']:.0f}, about as near" in words
+    assert f"**The CVAE's `best`** lies at {row['frechet_mean']:.0f}. Its autoencoder" in words
     sentence = "and {:.0f} (a CVAE, {} trainings of under an hour)"
     assert sentence.format(row["frechet_mean"], NUMBERS[len(runs)]) in words
     assert all(r["seconds"] < 3600 for r in runs)
@@ -711,20 +715,21 @@ def test_findings_have_the_numbers_of_the_grid_of_best():
     cvae, dcgan, cwgan_gp = (changed(rows, model) for model in ("cvae", "dcgan", "cwgan_gp"))
     cooling = ("temperature 1", "temperature 0.75", "temperature 0")
     assert set(cvae) == {"normal prior", *cooling, "no EMA"}
-    assert set(dcgan) == {"no JPEG", "no EMA", "no turns"} and set(cwgan_gp) == {"no EMA"}
+    assert set(dcgan) <= DCGAN_ROWS and set(cwgan_gp) == {"no EMA"}
     assert not changed(rows, "ddpm")
-    assert "Nine rows of the [table of ablations]" in words
+    measured = [r for r in rows if r["frechet_mean"] and r["settings"] != "{}"]
+    assert {r["ablation"] for r in measured if r["model"] == "dcgan"} == DCGAN_ROWS
+    assert len(measured) == 10 and "Ten rows of the [table of ablations]" in words
+    assert "Measured so far are ten rows of ours, seven of which needed no training" in words
     gains = {(r["model"], r["ablation"]): r for r in rows if r["difference_sd"]}
     sure = {key for key, r in gains.items() if r["difference_p_holm"] < 0.05}
     assert sure == {("cvae", name) for name in ("normal prior", *cooling)}
-    four = [gains[key] for key in (("cwgan_gp", "no EMA"), *DCGAN_ROWS)]
-    for row in four:
-        assert len({gain > 0 for gain in json.loads(row["differences"]).values()}) == 1
-    shown = ["{difference_mean:+.0f} ± {difference_sd:.0f}".format(**r) for r in four]
-    sentence = "cWGAN-GP's ({}) and the DCGAN's three ({}, {} and {}) go the same way in all three"
-    assert sentence.format(*shown).replace("-", "−") in words.replace("-", "−")
-    alone = four[0]["difference_p"], four[0]["difference_p_holm"]
-    assert "the first is by itself (p = {:.3f}; {:.2f} after Holm)".format(*alone) in words
+    row = gains["cwgan_gp", "no EMA"]
+    assert all(gain > 0 for gain in json.loads(row["differences"]).values())
+    sentence = "The cWGAN-GP's ({difference_mean:+.0f} ± {difference_sd:.0f}) goes the same way in "
+    assert sentence.format(**row) + "all three trainings" in words
+    alone = row["difference_p"], row["difference_p_holm"]
+    assert "but is so by itself alone (p = {:.3f}; {:.2f} after Holm)".format(*alone) in words
     assert len({own for _, own in cvae.values()}) == 1  # the same seeds
     assert int(cvae["no EMA"][0]) < int(cvae["no EMA"][1])
     assert "its `best` lies at {} instead of {},".format(*cvae["normal prior"]) in words
@@ -734,49 +739,67 @@ def test_findings_have_the_numbers_of_the_grid_of_best():
     sentence = "At 0.75 it lies at {}, with a recall of {:.2f} instead of {:.2f}:"
     own = statistics.mean(r["metrics"]["recall"] for r in three_of("runs/cvae-best", (0, 1, 2)))
     assert sentence.format(cvae["temperature 0.75"][0], near["recall_mean"], own) in words
-    assert "the DCGAN's `best` lies at {} instead of {},".format(*dcgan["no EMA"]) in words
     assert "the cWGAN-GP's at {} instead of {};".format(*cwgan_gp["no EMA"]) in words
     assert "to a fiftieth, at {} instead of {}, so that there".format(*cvae["no EMA"]) in words
-    without = "without it the DCGAN's `best` lies at {} instead of {}:".format(*dcgan["no JPEG"])
-    assert without in words
-    folders = "ablations/best/dcgan-best-no-jpeg", "runs/dcgan-best"
-    runs = [three_of(folder, (2, 3, 4)) for folder in folders]
-    distances = [[f"{r['metrics']['frechet_distance']:.0f}" for r in part] for part in runs]
-    assert "at {}, {} and {} where the same seeds".format(*distances[0]) in words
-    assert "with it have {}, {} and {}.".format(*distances[1]) in words
+
+
+def test_findings_have_the_numbers_of_the_dcgan_s_contest():
+    """Of trainings of the same seeds, with one change after another."""
+    words = words_of_the_pages()
+    turned, plain, no_jpeg, no_ema = (
+        three_of(f"ablations/best/dcgan-best-gamma-1-constant-rate{name}", (2, 3, 4))
+        for name in ("-turns", "", "-turns-no-jpeg", "-turns-no-ema")
+    )
+
+    def distances(records: list[dict]) -> list[float]:
+        return [r["metrics"]["frechet_distance"] for r in records]
+
+    def mean(records: list[dict], name: str) -> float:
+        return statistics.mean(r["metrics"][name] for r in records)
+
+    def mean_distance(records: list[dict]) -> str:
+        return f"{statistics.mean(distances(records)):.0f}"
+
+    five = three_of("ablations/best/dcgan-best-gamma-1-constant-rate-turns", range(5))
+    sentence = "five trainings lie at {:.0f}, {:.0f}, {:.0f}, {:.0f} and {:.0f}, {} in the mean."
+    assert sentence.format(*distances(five), mean_distance(five)) in words
+    sentence = "the last three of these seeds lie at {:.0f}, {:.0f} and {:.0f}, with a recall of "
+    sentence += "{:.2f} instead of {:.2f}"
+    recalls = mean(plain, "recall"), mean(turned, "recall")
+    assert sentence.format(*distances(plain), *recalls) in words
+    for records in (turned, plain, no_jpeg, no_ema):
+        assert all(r["metrics"]["copies"]["verdict"] == "no sign of copies" for r in records)
+    best = [r for r in RECORDS[RESULTS] if (r["model"], r["preset"]) == ("dcgan", "best")]
+    (row,) = tables.results_table(best)
+    sentence = "`best` lies at {:.0f} ± {:.0f} in {} trainings, with a recall of {:.2f},"
+    shown = row["frechet_mean"], row["frechet_sd"], NUMBERS[len(best)], row["recall_mean"]
+    assert sentence.format(*shown) in words
+    first = [[r["history"][0]["margin"] for r in records] for records in (five, best)]
+    sentence = "in the mean of the first epoch is {:.1f} to {:.1f} instead of {:.1f} to {:.1f},"
+    assert sentence.format(*(x for part in first[::-1] for x in (min(part), max(part)))) in words
+    pair = mean_distance(no_ema), mean_distance(turned)
+    assert "the turned DCGAN lies at {} instead of {},".format(*pair) in words
+    pair = mean_distance(no_jpeg), mean_distance(turned)
+    assert "Trained without it the turned DCGAN lies at {} instead of {}:".format(*pair) in words
+    sentence = "at {:.0f}, {:.0f} and {:.0f} where the same seeds with it have {:.0f}, {:.0f} and "
+    assert (sentence + "{:.0f}.").format(*distances(no_jpeg), *distances(turned)) in words
     recall, precision = (
-        "{:.2f} instead of {:.2f}".format(
-            *(statistics.mean(r["metrics"][name] for r in part) for part in runs)
-        )
+        f"{mean(no_jpeg, name):.2f} instead of {mean(turned, name):.2f}"
         for name in ("recall", "precision")
     )
     assert f"their recall is {recall}, with a precision of {precision}." in words
     # Where the networks are of equal strength the margin is well below one. After the first epoch:
-    wide = [[sum(row["margin"] > 4 for row in r["history"][1:]) for r in part] for part in runs]
-    half = runs[0][0]["config"]["epochs"] // 2
+    wide = [
+        [sum(row["margin"] > 4 for row in r["history"][1:]) for r in records]
+        for records in (no_jpeg, turned)
+    ]
+    half = turned[0]["config"]["epochs"] // 2
     assert wide[0][0] >= half and wide[0][1:] == [0, 0] and wide[1] == [0, 0, 0]
-    assert "in [one of the three](ablations/best/dcgan-best-no-jpeg/seed2/" in words.lower()
-    for record in runs[0]:
+    folder = "dcgan-best-gamma-1-constant-rate-turns-no-jpeg/seed2/"
+    assert f"In [one of the three](ablations/best/{folder}" in words
+    for record in no_jpeg:
         kids = [row["validation_kid"] for row in record["history"] if "validation_kid" in row]
         assert kids[-1] == min(kids)
-
-
-def test_findings_have_the_numbers_of_the_dcgan_without_turns():
-    words = words_of_the_pages()
-    folders = "ablations/best/dcgan-best-no-turns", "runs/dcgan-best"
-    runs = [three_of(folder, (2, 3, 4)) for folder in folders]
-    distances = [[r["metrics"]["frechet_distance"] for r in part] for part in runs]
-    sentence = "it lies at {:.0f}: at {:.0f}, {:.0f} and {:.0f} where the same seeds with turns"
-    assert sentence.format(statistics.mean(distances[0]), *distances[0]) in words
-    recalls = [statistics.mean(r["metrics"]["recall"] for r in part) for part in runs]
-    sentence = "have {:.0f}, {:.0f} and {:.0f}, with a recall of {:.2f} instead of {:.2f}."
-    assert sentence.format(*distances[1], *recalls) in words
-    assert {r["metrics"]["copies"]["verdict"] for r in runs[0]} == {"no sign of copies"}
-    rose = []
-    for record in runs[0]:
-        kids = {h["epoch"]: h["validation_kid"] for h in record["history"] if "validation_kid" in h}
-        rose.append(min(kids, key=kids.get))
-    assert rose.count(12) == 1 and "the twelfth of eighteen epochs on" in words, rose
 
 
 def three_of(folder: str, seeds: tuple[int, ...]) -> list[dict]:
@@ -827,7 +850,8 @@ def test_findings_have_the_numbers_of_the_published_grid():
     assert "128 latents hardly ({:.3f} and {:.3f}), 32 not.".format(*both) in words
 
 
-DCGAN_ROWS = ("dcgan", "no EMA"), ("dcgan", "no JPEG"), ("dcgan", "no turns")
+LOOSE = "gamma 1 + constant rate"
+DCGAN_ROWS = {LOOSE} | {f"{LOOSE} + turns{more}" for more in ("", " + no JPEG", " + no EMA")}
 KL_ROWS = ("KL weight 0.25", "KL weight 0.5", "KL weight 1")
 
 
