@@ -32,7 +32,7 @@ class Config(ModelConfig):
     generator_channels: tuple = (96, 64, 32)  # widths at a quarter of the side, a half, the whole
     discriminator_channels: tuple = (32, 64, 96)  # widths at the whole side, a half, a quarter
     # With a tenth of it the discriminator keeps cells and flat colours apart by a margin of 4 to 5
-    # for an epoch or more, and in one training the generator, its tanh saturated, never came back.
+    # for an epoch or more; in one training the generator, its tanh saturated, was lost in it.
     gamma: float = 10.0  # weight of both penalties at first
     gamma_end: float = 0.1  # their weight after anneal_images; between them it falls geometrically
     anneal_images: int = 240_000  # images over which that weight falls
