@@ -31,8 +31,8 @@ class Config(ModelConfig):
     latent_dim: int = 64  # random numbers behind an image
     generator_channels: tuple = (96, 64, 32)  # widths at a quarter of the side, a half, the whole
     discriminator_channels: tuple = (32, 64, 96)  # widths at the whole side, a half, a quarter
-    # With a tenth of it the discriminator keeps cells and flat colours apart by a margin of 4 to 5
-    # for an epoch or more; in one training the generator, its tanh saturated, was lost in it.
+    # With a tenth of it the discriminator tells cells from flat colours too easily at first; in one
+    # training the generator, its tanh saturated, was lost in it.
     gamma: float = 10.0  # weight of both penalties at first
     gamma_end: float = 0.1  # their weight after anneal_images; between them it falls geometrically
     anneal_images: int = 240_000  # images over which that weight falls

@@ -770,6 +770,11 @@ def test_findings_have_the_numbers_of_the_dcgan_s_contest():
     sentence += "{:.2f} instead of {:.2f}"
     recalls = mean(plain, "recall"), mean(turned, "recall")
     assert sentence.format(*distances(plain), *recalls) in words
+    kept = [
+        statistics.mean(min(h.get("validation_kid", math.inf) for h in r["history"]) for r in part)
+        for part in (plain, turned)
+    ]
+    assert "says the same ({:.1f} instead of {:.1f} in the mean)".format(*kept) in words
     for records in (turned, plain, no_jpeg, no_ema):
         assert all(r["metrics"]["copies"]["verdict"] == "no sign of copies" for r in records)
     best = [r for r in RECORDS[RESULTS] if (r["model"], r["preset"]) == ("dcgan", "best")]
