@@ -61,8 +61,8 @@ PICTURES = {
     "losses.png": "Losses, and what else the training logged.",
     "frechet_infinity.png": "The Fréchet distance at several numbers of images, and the line that "
     "leads to infinitely many, FD∞.",
-    "sampling.png": "Kernel distance of the same weights' images by several solvers and numbers of "
-    "steps, and under guidance; the ring is what the preset uses.",
+    "sampling.png": "Kernel distance of the same weights' images under other settings of sampling; "
+    "the ring is what the preset uses.",
     "per_class.png": "Real images beside generated ones, with each class's own distances.",
 }
 # They show distances of a run, which one at a reduced budget may not have.

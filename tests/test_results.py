@@ -742,6 +742,18 @@ def test_findings_have_the_numbers_of_the_grid_of_best():
     sentence = "At 0.75 it lies at {}, with a recall of {:.2f} instead of {:.2f}:"
     own = statistics.mean(r["metrics"]["recall"] for r in three_of("runs/cvae-best", (0, 1, 2)))
     assert sentence.format(cvae["temperature 0.75"][0], near["recall_mean"], own) in words
+    kids = {0.5: [], 0.625: []}
+    for seed in range(3):
+        path = RESULTS / "runs" / "cvae-best" / f"seed{seed}" / "sampling.json"
+        own, *found = json.loads(path.read_text())["rows"]
+        assert own["temperature"] == 0.5
+        found = [row for row in found if row["prior_steps"] == own["prior_steps"]]
+        assert min(found, key=lambda row: row["kid"])["temperature"] == 0.625
+        for row in found:
+            kids.get(row["temperature"], []).append(row["kid"])
+    usual = statistics.mean(set(kids[0.5]))  # among the variants twice
+    sentence = "cells 0.625 is, with a mean KID of {:.1f} instead of {:.1f} ("
+    assert sentence.format(statistics.mean(kids[0.625]), usual) in words
     assert "the cWGAN-GP's at {} instead of {};".format(*cwgan_gp["no EMA"]) in words
     assert "to a fiftieth, at {} instead of {}, so that there".format(*cvae["no EMA"]) in words
 
