@@ -14,6 +14,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from custom_models import residual_cwgan_gp
 from custom_models.config import ModelConfig
 from custom_models.layers import (
+    cosine_decay,
     init_dcgan,
     sides_down_to_four,
     transposed_convolutions,
@@ -31,13 +32,19 @@ class Config(ModelConfig):
     critic_steps: int = 5  # critic updates to one of the generator
     gradient_penalty: float = 10.0  # weight λ of the penalty, equation (3)
     lr: float = 1e-4  # step size of Adam, for both networks
+    decay_images: int = 0  # images over which lr falls to a fiftieth; 0: it stays, as published
     beta1_critic: float = 0.0  # of Adam: share of the past in the critic's mean gradient
     beta1_generator: float = 0.5  # the same for the generator
     beta2: float = 0.9  # of Adam: share of the past in the mean squared gradient, for both networks
     patch_scores: bool = False  # score overlapping patches of an image, not the whole of it
     even_classes: bool = False  # generate all classes equally often in training, not as the batch's
     dcgan_weights: bool = True  # begin the generator with DCGAN's first weights, not PyTorch's own
-    LATER: ClassVar[dict] = {"patch_scores": False, "even_classes": False, "dcgan_weights": True}
+    LATER: ClassVar[dict] = {
+        "patch_scores": False,
+        "even_classes": False,
+        "dcgan_weights": True,
+        "decay_images": 0,
+    }
     epochs: int = 120
 
     def __post_init__(self):
@@ -46,6 +53,7 @@ class Config(ModelConfig):
         for name in ("latent_dim", "embed_size", "base_channels", "critic_steps"):
             self.require(getattr(self, name) >= 1, name, "at least 1")
         self.require(self.gradient_penalty >= 0, "gradient_penalty", "at least 0")
+        self.require(self.decay_images >= 0, "decay_images", "at least 0")
 
     @property
     def images_per_step(self) -> int:
@@ -93,6 +101,7 @@ class Generator(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
+        self.inputs = [config.latent_dim]
         self.embedding = nn.Embedding(config.n_classes, config.embed_size)
         self.layers = transposed_convolutions(
             config.latent_dim + config.embed_size,
@@ -157,8 +166,12 @@ class Model(nn.Module):
         }
 
     def latents(self, n: int, device: torch.device, generator=None) -> Tensor:
-        """z ~ N(0, I), [n, latent_dim]."""
-        return torch.randn(n, self.config.latent_dim, device=device, generator=generator)
+        """z ~ N(0, I), [n, latent_dim], and whatever noise the generator takes behind it."""
+        parts = [
+            torch.randn(n, size, device=device, generator=generator)
+            for size in self.generator.inputs
+        ]
+        return torch.cat(parts, dim=1)
 
     def generate(self, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """G(z, class) for z ~ N(0, I); [-1, 1], [N, C, S, S]."""
@@ -176,6 +189,7 @@ class Model(nn.Module):
         images: [-1, 1], [critic_steps · N, C, S, S]; labels: as many. Algorithm 1.
         """
         steps = self.config.critic_steps
+        self._set_learning_rates(len(images), optimizers)
         logged = []
         for reals, classes in zip(images.chunk(steps), labels.chunk(steps), strict=True):
             asked = self.classes_to_generate(classes)
@@ -206,6 +220,15 @@ class Model(nn.Module):
             "wasserstein": wasserstein,
             "gradient_penalty": penalty,
         }
+
+    def _set_learning_rates(self, n: int, optimizers: dict) -> None:
+        """Of both networks, for the next n images."""
+        config = self.config
+        for optimizer in optimizers.values():
+            group = optimizer.param_groups[0]  # which is stored: a resumed run goes on
+            group["images_seen"] = group.get("images_seen", 0) + n
+            if config.decay_images:
+                group["lr"] = config.lr * cosine_decay(group["images_seen"] / config.decay_images)
 
     def gradient_norm_penalty(self, reals: Tensor, fakes: Tensor, labels: Tensor) -> Tensor:
         """E[(‖∇f(x̂)‖₂ - 1)²] at x̂ on lines between real and generated images of one class.

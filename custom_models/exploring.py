@@ -31,13 +31,16 @@ def draw_noise(model: nn.Module, labels: Tensor, seed: int) -> Tensor:
 
     A GAN's and the CVAE's begins with the latents, `config.latent_dim` of them, N(0, I); in the
     CVAE's `best` preset these are the noise of which its prior makes latents, and what follows is
-    the logistic noise of the coefficients that it draws.
+    the logistic noise of the coefficients that it draws. Behind a cWGAN-GP's follows the noise of
+    its finest texture, if it draws any.
     A diffusion model's is x_T, N(0, I), D = C · S · S.
     """
     if len(labels) > SAMPLE_BATCH:
         raise InputError(f"at most {SAMPLE_BATCH} images at once, got {len(labels)}")
     config, n = model.config, len(labels)
     generator = torch.Generator().manual_seed(derive_seed(seed, "samples"))
+    if hasattr(model, "latents"):
+        return model.latents(n, torch.device("cpu"), generator)
     if is_diffusion(model):
         dim = config.image_channels * config.image_size**2
     else:

@@ -32,6 +32,7 @@ SMALL = {
     ("dcgan", "best"): {"generator_channels": (8, 8, 8), "latent_dim": 6},
     ("cwgan_gp", "quick"): {},
     ("cwgan_gp", "best"): {},
+    ("cwgan_gp", "best_small"): {"image_size": 16},  # with noise
     ("cgan", "quick"): {"image_channels": 3},
     ("ddpm", "quick"): {"sampling_steps": 3},
     ("ddpm", "best"): {"channels": (8, 16), "blocks": 1, "sampling_steps": 3},

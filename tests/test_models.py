@@ -370,6 +370,7 @@ def test_sizes_in_parameters(name):
         ("cwgan_gp", {"critic_steps": 0}, ("critic_steps", "at least 1")),
         ("cwgan_gp", {"gradient_penalty": -1}, ("gradient_penalty", "at least 0")),
         ("cwgan_gp", {"image_size": 7}, ("image_size", "at least 8")),
+        ("cwgan_gp", {"decay_images": -1}, ("decay_images", "at least 0")),
         ("cwgan_gp", {"learning_rate": 1}, ("'learning_rate'", "critic_steps")),
         ("dcgan", {"critic_steps": 5}, ("'critic_steps'", "generator_steps")),
     ],
@@ -414,6 +415,8 @@ def test_wrong_settings_are_bad_input(name, settings, words, bad_input):
         ("cwgan_gp", {"generator_channels": (8, 8)}, ("generator_channels", "three widths")),
         ("cwgan_gp", {"critic_channels": (8, 8)}, ("critic_channels", "three widths")),
         ("cwgan_gp", {"gradient_penalty": -1}, ("gradient_penalty", "at least 0")),
+        ("cwgan_gp", {"noise": -0.1}, ("noise", "at least 0")),
+        ("cwgan_gp", {"decay_images": -1}, ("decay_images", "at least 0")),
         ("cwgan_gp", {"jpeg_quality": -1}, ("jpeg_quality", "from 0 to 100")),
         ("cwgan_gp", {"base_channels": 64}, ("'base_channels'", "critic_channels")),
     ],
@@ -901,30 +904,35 @@ def test_ddpm_loss_is_the_mean_square_of_the_noise_not_predicted():
     assert timesteps.min() == 0 and timesteps.max() == 19  # every one of 20 can be drawn
 
 
-def test_ddpm_s_learning_rate_falls_by_a_cosine_and_goes_on_where_it_was():
-    def train(model, adam, steps: int) -> list[float]:
+@pytest.mark.parametrize(
+    "name, preset", [("ddpm", "quick"), ("cwgan_gp", "quick"), ("cwgan_gp", "best")]
+)
+def test_the_learning_rate_falls_by_a_cosine_and_goes_on_where_it_was(name, preset):
+    def train(model, optimizers, steps: int) -> list[float]:
         rates = []
         for _ in range(steps):
-            images = torch.zeros(16, 1, 8, 8)
-            model.training_step(images, torch.zeros(16, dtype=torch.int64), {"adam": adam})
-            rates.append(adam.param_groups[0]["lr"])
+            model.training_step(*batch(16, 8), optimizers)
+            (rate,) = {o.param_groups[0]["lr"] for o in optimizers.values()}
+            rates.append(rate)
         return rates
 
-    grey = {"image_channels": 1, "image_size": 8, "channels": (8,), "lr": 1.0}
-    model = tiny("ddpm", **grey, decay_images=64)
-    adam = model.optimizers()["adam"]
+    small = {"image_size": 8, "lr": 1.0}
+    model = tiny(name, preset, **small, decay_images=64)
+    optimizers = model.optimizers()
     half = math.sqrt(0.5)
     share = [(1 + half) / 2, 0.5, (1 - half) / 2, 0, 0]
     expected = [0.02 + 0.98 * part for part in share]
-    assert train(model, adam, 2) == pytest.approx(expected[:2])
-    resumed = model.optimizers()["adam"]
-    resumed.load_state_dict(adam.state_dict())
+    assert train(model, optimizers, 2) == pytest.approx(expected[:2])
+    resumed = model.optimizers()
+    for key, optimizer in optimizers.items():
+        resumed[key].load_state_dict(optimizer.state_dict())
     assert train(model, resumed, 3) == pytest.approx(expected[2:])
 
-    constant = tiny("ddpm", **grey)
-    adam = constant.optimizers()["adam"]
-    del adam.param_groups[0]["images_seen"]  # as in a checkpoint from before it was counted
-    assert train(constant, adam, 3) == [1.0, 1.0, 1.0]
+    constant = tiny(name, preset, **small, decay_images=0)
+    optimizers = constant.optimizers()
+    for optimizer in optimizers.values():  # as in a checkpoint from before it was counted
+        optimizer.param_groups[0].pop("images_seen", None)
+    assert train(constant, optimizers, 3) == [1.0, 1.0, 1.0]
 
 
 def test_ddpm_draws_every_timestep_about_equally_often():

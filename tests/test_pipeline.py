@@ -1369,6 +1369,9 @@ def test_images_with_an_up_are_not_turned(data, make):
 def test_settings_that_came_later_leave_the_identity_of_earlier_runs_as_it_was(make):
     for model, preset, name, earlier, other in (
         ("ddpm", "baseline", "decay_images", 0, 1000),
+        ("cwgan_gp", "baseline", "decay_images", 0, 1000),
+        ("cwgan_gp", "best", "decay_images", 0, 1000),
+        ("cwgan_gp", "best", "noise", 0.0, 0.2),
         ("cwgan_gp", "baseline", "patch_scores", False, True),
         ("cwgan_gp", "baseline", "even_classes", False, True),
         ("cwgan_gp", "baseline", "dcgan_weights", True, False),

@@ -99,6 +99,54 @@ def test_a_block_doubles_the_side_and_adds_to_the_enlarged_input():
         assert torch.allclose(block(x, labels), shortcut, atol=1e-6)
 
 
+def test_a_block_adds_its_noise_after_each_convolution():
+    torch.manual_seed(0)
+    plain, noisy = UpBlock(4, 6, 8), UpBlock(4, 6, 8, noise=0.5)
+    noisy.load_state_dict(plain.state_dict(), strict=False)
+    x, labels = torch.randn(3, 4, 5, 5), torch.tensor([0, 3, 7])
+    first, second = torch.randn(2, 3, 100)
+    none = torch.zeros(3, 100)
+    with torch.no_grad():
+        assert torch.equal(noisy(x, labels, torch.cat([none, none], 1)), plain(x, labels))
+        moved = noisy(x, labels, torch.cat([none, second], 1)) - plain(x, labels)
+        expected = 0.5 * second.view(3, 1, 10, 10).expand(-1, 6, -1, -1)
+        assert torch.allclose(moved, expected, atol=1e-5)
+        features = plain.first(F.interpolate(F.relu(plain.norms[0](x, labels)), scale_factor=2))
+        features = plain.norms[1](features + 0.5 * first.view(3, 1, 10, 10), labels)
+        shortcut = F.interpolate(plain.shortcut(x), scale_factor=2)
+        expected = plain.second(F.relu(features)) + shortcut
+        assert torch.allclose(noisy(x, labels, torch.cat([first, none], 1)), expected, atol=1e-5)
+
+
+def test_the_noise_is_drawn_behind_the_latents():
+    model = randomised(build(noise=0.5, image_size=16, jpeg_quality=0)).eval()
+    assert model.generator.inputs == [64, 2 * 8**2, 2 * 16**2]
+    latents = model.latents(2, torch.device("cpu"), noise())
+    assert latents.shape == (2, 64 + 128 + 512)
+    again = latents[:1].clone()
+    again[:, 64:] = latents[1:, 64:]
+    labels = torch.tensor([3])
+    with torch.no_grad():
+        first, textured, other = (
+            model.generator(z, labels) for z in (latents[:1], again, latents[1:])
+        )
+    assert not torch.equal(first, textured) and not torch.equal(textured, other)
+
+
+def test_without_noise_there_are_neither_its_weights_nor_its_numbers():
+    model = build()
+    assert model.generator.inputs == [64]
+    assert not any("noise" in name for name in model.state_dict())
+
+
+def test_the_noise_s_weights_learn():
+    model = build(noise=0.5)
+    before = [block.noise.detach().clone() for block in model.generator.blocks]
+    model.train().training_step(*batch(), model.optimizers())
+    for block, old in zip(model.generator.blocks, before):
+        assert (block.noise != old).all()
+
+
 def test_the_class_changes_the_image():
     model, latents = randomised(build()).eval(), torch.randn(1, 64, generator=noise())
     with torch.no_grad():
