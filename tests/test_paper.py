@@ -217,14 +217,17 @@ def test_larger_cells_appear_with_their_rows(copy):
     classes[0] |= {"class": "giant platelet", "kid_mean": "12.34"}
     write_rows(folder / "results_reduced_per_class.csv", classes)
     record = json.loads((copy / "results/runs/cwgan_gp-best/seed0/record.json").read_text())
-    (run / "record.json").write_text(json.dumps(record | {"preset": "best_small"}))
+    record |= {"preset": "best_small", "budget": "reduced"}
+    record["config"]["noise"] = 0.2
+    (run / "record.json").write_text(json.dumps(record))
     each = {"n": 20, "distance_name": "FD", "mean": {"kid": {"value": 34.56}}}
     each["mean"]["published"] = {"value": 567.89}
     (run / "per_class.json").write_text(json.dumps(each))
     text = words(copy)
     assert "PBC at 64 pixels" in text and "251.0 ± 3.3" in text
     assert "cWGAN-GP best_small over three trainings" in text
-    assert "cWGAN-GP small over" not in text
+    assert "cWGAN-GP small over" not in text and "adds noise" in text
+    assert "at a reduced budget" in text.partition("PBC at 64 pixels")[2][:40]
     assert "giant platelet" in text and "34.6" in text and "567.9" in text
     shutil.rmtree(folder)
     assert "PBC at 64 pixels" not in words(copy)
