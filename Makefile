@@ -1,7 +1,7 @@
 # make demo    the four models on generated cells, at quick size: no download, about ten minutes
 # make suite   the full job on BloodMNIST: SEEDS= MODELS= PRESET= EXTRACTOR= DATA_ROOT= OUT= narrow it
 #              DATASET= takes other images, SIZE= their side in pixels:
-#                make suite MODELS=cwgan_gp PRESET=best DATASET=pbc SIZE=64 OUT=my_pbc64
+#                make suite MODELS=cwgan_gp DATASET=pbc SIZE=64 OUT=my_pbc64
 #                make suite MODELS=cgan DATASET=mnist OUT=my_digits
 # Every target makes .venv and installs requirements.txt by itself, once.
 
@@ -25,7 +25,7 @@ help:
 	@echo "make suite      four models, five seeds (SEEDS=), BloodMNIST -> my_results (OUT=)"
 	@echo "                narrow it with MODELS=\"cvae dcgan\" PRESET= EXTRACTOR= DATA_ROOT= JOBS= OUT="
 	@echo "                DATASET=pbc, mnist, ... takes other images, SIZE= their side in pixels:"
-	@echo "                make suite MODELS=cwgan_gp PRESET=best DATASET=pbc SIZE=64 OUT=my_pbc64"
+	@echo "                make suite MODELS=cwgan_gp DATASET=pbc SIZE=64 OUT=my_pbc64"
 	@echo "                make suite MODELS=cgan DATASET=mnist OUT=my_digits"
 	@echo "make ablations  changed settings against each preset, three seeds (SEEDS=)"
 	@echo "                -> my_results/ablations; GRID=published or best, MODELS= narrows it"

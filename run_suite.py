@@ -905,10 +905,13 @@ def _cause(notebook: Path, log: str, code: int, kernel_gone: bool) -> str:
 
 
 def _takes_a_gpu(task: Task) -> bool:
-    """Whether it trains a diffusion model, or the published cWGAN-GP, at its full length."""
+    """Whether it trains diffusion, or a cWGAN-GP of larger images, at its full length."""
     # A task of a study has no preset.
     preset = task.parameters.get("preset")
-    large = {"ddpm": ("baseline", "best", "best_64", "best_128"), "cwgan_gp": ("published",)}
+    large = {
+        "ddpm": ("baseline", "best", "best_64", "best_128"),
+        "cwgan_gp": ("published", "best_64"),
+    }
     return preset in large.get(task.source.stem, ())
 
 

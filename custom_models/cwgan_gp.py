@@ -83,6 +83,7 @@ PRESETS = {
         dcgan_weights=False,
     ),
     "best": residual_cwgan_gp.Config(),
+    "best_64": residual_cwgan_gp.BEST_64,
     "best_small": residual_cwgan_gp.SMALL,
     "quick": replace(
         Config(),

@@ -437,6 +437,7 @@ def test_the_kernel_is_this_interpreter(tmp_path):
         ("ddpm", "best_128", True),
         ("ddpm", "best_small", False),
         ("cwgan_gp", "published", True),
+        ("cwgan_gp", "best_64", True),
         ("cwgan_gp", "best", False),
     ],
 )
