@@ -156,6 +156,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.generator, self.critic = config.networks()
+        self.inputs = self.generator.inputs
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         config = self.config
@@ -168,10 +169,7 @@ class Model(nn.Module):
 
     def latents(self, n: int, device: torch.device, generator=None) -> Tensor:
         """z ~ N(0, I), [n, latent_dim], and whatever noise the generator takes behind it."""
-        parts = [
-            torch.randn(n, size, device=device, generator=generator)
-            for size in self.generator.inputs
-        ]
+        parts = [torch.randn(n, size, device=device, generator=generator) for size in self.inputs]
         return torch.cat(parts, dim=1)
 
     def generate(self, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
