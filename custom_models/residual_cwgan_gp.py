@@ -69,8 +69,8 @@ class Config(ModelConfig):
         return Model(self)
 
 
-# For PBC at 64 pixels, or 128 with `image_size`, on a GPU. Without the noise the fine texture of
-# nuclei is a weave of lines along the pixels; the rate falls, so that curves end flat.
+# For PBC at 64 pixels, or 128 with `image_size`, on a GPU. In the small one, without noise, the
+# nuclei were woven of lines along the pixels. The rate falls, so that curves end flat.
 BEST_64 = replace(Config(), image_size=64, noise=0.2, flips_and_turns=False, decay_images=478_400)
 
 # Narrower, with small batches and a third of the epochs: an hour on one CPU core. A reduced budget,
