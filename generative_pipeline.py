@@ -96,12 +96,17 @@ def default_folder(
 
     Those of a user's own images are results/folder-NAME64/…, which git ignores.
     """
+    return run_folder(default_results(dataset, root, size), model, preset, seed)
+
+
+def default_results(dataset: str, root: str | Path | None, size: int) -> Path:
+    """The folder in which `default_folder` keeps all runs of the data set at this size."""
     if (dataset, size) == ("bloodmnist", 28):
-        return run_folder(RESULTS, model, preset, seed)
+        return RESULTS
     name = dataset.replace(":", "-")
     if dataset == "folder" and root:
         name = f"folder-{Path(root).resolve().name.removesuffix('.zip')}"
-    return run_folder(RESULTS / f"{name}{size}", model, preset, seed)
+    return RESULTS / f"{name}{size}"
 
 
 class GenerativePipeline:
@@ -111,7 +116,7 @@ class GenerativePipeline:
     preset's config; image_size is otherwise the preset's or the data set's usual one. dataset,
     data_root: as in `utils.load_dataset`. sets: splits of one's own in their place, by name (train,
     val, test, held_out), of the config's image size; `train` alone is enough to train and to
-    sample. out: the run's folder.
+    sample. out: the run's folder, by default that of `default_folder`; sets of one's own have none.
     extractor: as in `evaluation.features.load_extractor`. device: auto, cpu or cuda.
     precision: float32 or bfloat16; by default that of the checkpoint to go on from, else bfloat16
     on CUDA, float32 on a CPU, where bfloat16 takes instructions of its own (AVX512-BF16 or AMX) and
@@ -141,6 +146,8 @@ class GenerativePipeline:
         compile: bool | None = None,
         **settings,
     ):
+        if sets and not out:
+            raise InputError("a run on sets of one's own needs a folder of its own: name it as out")
         self.name, self.preset, self.seed = model, preset, seed
         self.dataset = sets["train"].name if sets else dataset
         if not sets:
@@ -730,8 +737,23 @@ class GenerativePipeline:
         self._save_pictures(fakes, metrics, suspects)
         record = self._record(metrics, sampling_seconds)
         text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+        self._remove_what_other_weights_left()
         write_text(self.record_path, text)
         return record
+
+    def _remove_what_other_weights_left(self) -> None:
+        """What an earlier training in this folder was measured by besides its record."""
+        own = {"weights_key": self.weights_key(), "training_key": self._training_key()}
+        for name in ("per_class", "sampling"):
+            try:
+                stored = json.loads((self.out / f"{name}.json").read_text(encoding="utf-8"))
+            except FileNotFoundError:
+                continue
+            except ValueError:
+                stored = {"weights_key": None}
+            if {**own, **stored} != {**stored, **own}:  # older files don't name the training
+                for path in self.out.glob(f"{name}.*"):
+                    path.unlink()
 
     def _require_splits(self) -> None:
         missing = [split for split in SETS if split not in self.sets]
@@ -821,7 +843,7 @@ class GenerativePipeline:
         if not self.config.COMPARED:
             raise InputError(
                 f"{self.name} {self.preset} has no settings of sampling to compare; the presets "
-                "best of cvae and ddpm have"
+                "best… of cvae and ddpm have"
             )
         self._require_splits()
         val, extractor, path = self.sets["val"], self.extractor(), self.out / "sampling.json"
@@ -978,7 +1000,12 @@ def pick_precision(name: str | None, device: torch.device) -> str:
 def is_compiled(compile: bool | None, device: torch.device, config: ModelConfig) -> bool:
     """Whether a training's networks are: as asked, else on CUDA, of a model that gains by it."""
     if compile is None:
-        return device.type == "cuda" and config.COMPILED and can_compile()
+        return device.type == "cuda" and config.COMPILED and can_compile(device)
+    if compile and not can_compile(device):
+        raise InputError(
+            "compiling the networks takes a compiler that is not here (for a CPU g++, or $CXX; for "
+            "CUDA gcc, and Triton); install it, or do without"
+        )
     return compile
 
 
@@ -989,10 +1016,13 @@ def compile_networks(model: torch.nn.Module) -> None:
             network.compile()
 
 
-def can_compile() -> bool:
-    """Whether torch.compile finds what it takes on a GPU: Triton, and a compiler for C."""
-    compilers = os.environ.get("CC"), "gcc", "clang"
-    return bool(find_spec("triton")) and any(shutil.which(name) for name in compilers if name)
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile finds what it takes: a compiler for C++, or on a GPU C and Triton."""
+    if device.type == "cuda":
+        compilers = os.environ.get("CC"), "gcc", "clang"
+        return bool(find_spec("triton")) and any(shutil.which(name) for name in compilers if name)
+    usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    return bool(shutil.which(os.environ.get("CXX") or usual))
 
 
 def fuse(optimizers: dict[str, torch.optim.Optimizer]) -> None:

@@ -55,7 +55,13 @@ from evaluation.train_on_generated import (
     train_on_generated,
     write_report,
 )
-from generative_pipeline import GenerativePipeline, has_bfloat16_instructions, run_folder
+from generative_pipeline import (
+    RESULTS,
+    GenerativePipeline,
+    default_results,
+    has_bfloat16_instructions,
+    run_folder,
+)
 from utils import (
     LOADERS,
     UPRIGHT,
@@ -152,7 +158,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="change one setting of every model's config, such as image_size (the data set's "
         "usual one), or one parameter of the study's notebook; may be given again",
     )
-    parser.add_argument("--out", default="results", help="folder of the results (results)")
+    parser.add_argument(
+        "--out",
+        help="folder of the results (results, of other data and sizes a folder in it)",
+    )
     parser.add_argument(
         "--remeasure",
         metavar="RESULTS",
@@ -182,9 +191,8 @@ def check(options: argparse.Namespace) -> None:
             raise InputError(f"--{name} must be at least 1, got {number}")
     if options.seeds is None and not options.remeasure and options.study != GENERATORS:
         options.seeds = 1 if options.study else 3 if options.ablations else 5
-    options.out = Path(options.out).expanduser().resolve()
-    if not (options.study or options.ablations):
-        check_page(options.out)
+    asked = options.out
+    options.out = Path(asked).expanduser().resolve() if asked else RESULTS
     data_root = options.data_root or os.environ.get("DATA_ROOT")
     extractor = options.extractor or os.environ.get("EXTRACTOR")
     if data_root:
@@ -205,6 +213,7 @@ def check(options: argparse.Namespace) -> None:
         _check_ablations(options)
         return
     if options.remeasure:
+        check_page(options.out)
         _check_remeasuring(options)
         return
     options.preset = options.preset or "baseline"
@@ -218,6 +227,10 @@ def check(options: argparse.Namespace) -> None:
             f"these models draw images of different sizes ({words}), which no table compares; "
             "name those of one size with --models, or a size with --set image_size=64"
         )
+    if not asked:
+        root = os.environ.get("DATA_ROOT")
+        options.out = default_results(options.dataset, root, *set(sizes.values()))
+    check_page(options.out)
 
 
 def _image_size(options: argparse.Namespace, model: str, preset: str) -> int:
@@ -272,6 +285,21 @@ def plan(rows: list[list[Task]]) -> tuple[list[Task], list[Task]]:
     return done, sorted(to_do, key=lambda task: task.parameters["seed"])
 
 
+def check_neighbours(options: argparse.Namespace) -> None:
+    """Refuse a folder of runs under other rules, whose tables the new comparison would replace."""
+    folder, pipeline = options.out / "runs", _pipeline(suite_tasks(options)[0][0], device="cpu")
+    name, size = pipeline.sets["held_out"].name, pipeline.config.image_size
+    own = name, size, pipeline.extractor().sha256
+    for record in collect(folder):
+        rules = record["metrics"]["protocol"]
+        if (rules["dataset"], rules["image_size"], rules["extractor_sha256"]) != own:
+            raise InputError(
+                f"{folder} has runs on {rules['dataset']} at {rules['image_size']} pixels, "
+                f"measured with {rules['extractor']}, which no table compares with {name} at "
+                f"{size} pixels and {pipeline.extractor().name}; choose another folder with --out"
+            )
+
+
 def _pipeline(task: Task, device: str) -> GenerativePipeline:
     parameters = task.parameters
     return GenerativePipeline(
@@ -299,6 +327,10 @@ def measure_real_cells(task: Task) -> None:
                 "measuring them was ended for want of memory, it seems; each run tries anew",
                 file=sys.stderr,
             )
+        except BaseException:  # leaving would wait for the process
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def _measure_real_cells(task: Task) -> None:
@@ -1021,6 +1053,7 @@ def main(arguments: list[str] | None = None) -> int:
                 failures[comparison.name] = cause
             return _report_failures(failures)
         done, to_do = plan(suite_tasks(options))
+        check_neighbours(options)
     for task in done:
         print(f"{task.name}: {task.result()} (finished before)")
     print(
@@ -1033,7 +1066,7 @@ def main(arguments: list[str] | None = None) -> int:
         to_do = [task for task in to_do if task not in slow] + slow
         print(
             f"of these, {len(slow)} want half a day or more on a CPU, and come last: diffusion, or "
-            "the published cWGAN-GP; leave them out with --models (MODELS= of make)",
+            "the cWGAN-GP of larger cells; leave them out with --models (MODELS= of make)",
             flush=True,
         )
     if to_do and not options.study:

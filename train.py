@@ -130,10 +130,15 @@ def parse_training(arguments: list[str]) -> tuple[argparse.Namespace, dict]:
         metavar="NAME",
         help="float32 or bfloat16 (bfloat16 on CUDA, float32 on a CPU); few CPUs are fast in it",
     )
-    run.add_argument(
+    compiled = run.add_mutually_exclusive_group()
+    compiled.add_argument(
         "--compile",
-        action=argparse.BooleanOptionalAction,
+        action="store_true",
+        default=None,
         help="compile the networks, for speed (on CUDA, where the model gains by it)",
+    )
+    compiled.add_argument(
+        "--no_compile", dest="compile", action="store_false", default=None, help="leave that out"
     )
     by_size = itertools.groupby(sorted(USUAL_SIZE, key=USUAL_SIZE.get), USUAL_SIZE.get)
     usual = "; ".join(f"{', '.join(names)} {size}" for size, names in by_size)

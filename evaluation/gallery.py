@@ -171,7 +171,7 @@ def _contents(results: Path, runs: list) -> str:
     titles += ["Shipped checkpoints"] * any((results / "checkpoints").glob("*.json"))
     titles += [STUDIES_TITLE] * any((results / "augmentation").glob("*.md"))
     titles += ["What mistakes do to numbers"] * any((results / "numbers").glob("*.json"))
-    titles += [OTHERS_TITLE] * any(results.glob(OTHERS))
+    titles += [OTHERS_TITLE] * bool(_other_pages(results))
     return "\n".join(f"- [{title}](#{_anchor(title)})" for title in titles)
 
 
@@ -344,10 +344,15 @@ def _mistakes(results: Path) -> list[str]:
     return ["## What mistakes do to numbers", words, notebook, *parts]
 
 
+def _other_pages(results: Path) -> list[Path]:
+    """Those of other data sets and sizes; not of one's own images, which may be of patients."""
+    return [p for p in sorted(results.glob(OTHERS)) if not p.parent.name.startswith("folder-")]
+
+
 def _other_data_sets(results: Path) -> list[str]:
     """Links to their pages, and their cells."""
     parts = []
-    for page in sorted(results.glob(OTHERS)):
+    for page in _other_pages(results):
         shown = {name: COMPARISONS[name] for name in ("comparison.png", "comparison_best.png")}
         parts += [f"### {page.parent.name}", f"[Tables and pictures]({_relative(page, results)})"]
         parts += _pictures(results, page.parent, shown, page.parent.name)

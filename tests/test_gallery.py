@@ -63,6 +63,18 @@ def test_a_table_of_ablations_has_its_picture_beside_it(results):
     assert {"ablations/best/table.md", "ablations/best/ablations.png"} <= {*found}
 
 
+def test_other_data_sets_are_linked_and_a_user_s_own_images_are_not(results):
+    for name in ("mnist28", "folder-patients64"):
+        (results / name).mkdir()
+        (results / name / "README.md").write_text("a page")
+        (results / name / "comparison.png").write_bytes(b"a picture")
+    text = gallery.gallery(results)
+    assert {"mnist28/README.md", "mnist28/comparison.png"} <= {*links(text)}
+    assert "patients" not in text
+    (results / "mnist28" / "README.md").unlink()
+    assert gallery.OTHERS_TITLE not in gallery.gallery(results)
+
+
 def test_the_kept_page_is_up_to_date():
     assert PAGE.read_text(encoding="utf-8") == gallery.gallery(RESULTS), (
         "run `python -m evaluation.gallery results`"

@@ -465,10 +465,30 @@ def test_a_network_with_a_gradient_penalty_is_not_compiled(name, preset, compile
     ],
 )
 def test_a_gpu_compiles_what_gains_by_it_where_it_can(device, model, found, compiled, monkeypatch):
-    monkeypatch.setattr(generative_pipeline, "can_compile", lambda: found)
+    monkeypatch.setattr(generative_pipeline, "can_compile", lambda device: found)
     config = make_config(model, "best")
     assert generative_pipeline.is_compiled(None, torch.device(device), config) is compiled
-    assert generative_pipeline.is_compiled(not compiled, torch.device(device), config) != compiled
+    if found:
+        asked = generative_pipeline.is_compiled(not compiled, torch.device(device), config)
+        assert asked != compiled
+
+
+def test_compiling_without_a_compiler_is_bad_input(make, tmp_path, monkeypatch, bad_input):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with bad_input("takes a compiler that is not here", "g++"):
+        make(compile=True)
+    assert not make(compile=False).compile
+    (tmp_path / "g++").write_text("#!/bin/sh")
+    (tmp_path / "g++").chmod(0o755)
+    assert make(compile=True).compile
+    assert not generative_pipeline.can_compile(torch.device("cuda"))
+
+
+def test_sets_of_one_s_own_need_a_folder(make, bad_input):
+    sets = make().sets
+    with bad_input("needs a folder of its own", "out"):
+        GenerativePipeline("cvae", "quick", sets=sets, device="cpu")
 
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])
@@ -1171,6 +1191,25 @@ def test_classes_are_measured_again_for_other_held_out_cells(make, monkeypatch):
         pipeline.sets["held_out"] = dataclasses.replace(held_out, **changes)
         calls.append(0)
         assert pipeline.evaluate_per_class(2)["rows"] == len(calls)
+
+
+def test_measures_of_an_earlier_training_in_the_folder_go_with_its_record(trained):
+    record = trained.evaluate()
+    own = {"weights_key": trained.weights_key()}
+    kept = [trained.out / f"per_class.{ending}" for ending in ("json", "md", "png")]
+    kept += [trained.out / f"sampling.{ending}" for ending in ("json", "png")]
+
+    def measured_again(of: dict) -> list[bool]:
+        for path in kept:
+            path.write_text(json.dumps(of))
+        trained.record_path.unlink()
+        assert trained.evaluate()["key"] == record["key"]
+        return [path.exists() for path in kept]
+
+    assert measured_again(own) == [True] * 5  # older files name nothing but the weights
+    assert measured_again(own | {"training_key": trained._training_key()}) == [True] * 5
+    assert measured_again(own | {"training_key": "another"}) == [False] * 5
+    assert measured_again({"weights_key": "another"}) == [False] * 5
 
 
 def test_a_record_of_older_metrics_is_replaced(trained, monkeypatch):

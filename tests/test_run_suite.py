@@ -338,6 +338,53 @@ def test_runs_of_another_extractor_are_refused_before_anything_starts(
         run_suite.main([*TINY, "--extractor", str(tiny_extractor), "--out", str(out)])
 
 
+def test_new_runs_under_other_rules_are_refused_before_anything_starts(
+    second, tiny_extractor, bad_input
+):
+    """Their comparison would replace the tables of the runs that are there."""
+    out, _, _ = second
+    other = ["--models", "cvae", "--preset", "baseline", "--extractor", str(tiny_extractor)]
+    with bad_input(str(out / "runs"), "measured with demo-64", "choose another folder with --out"):
+        run_suite.main([*TINY, *other, "--out", str(out)])
+    assert not (out / "runs" / "cvae-baseline").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder"),
+    [
+        (["--models", "cgan", "--dataset", "mnist"], "results/mnist28"),
+        (["--models", "cwgan_gp", "--dataset", "pbc", "--set", "image_size=64"], "results/pbc64"),
+        (["--models", "cgan", "--dataset", "folder", "--data-root", "x"], "results/folder-x64"),
+        (["--models", "cvae"], "results"),
+        (["--ablations", "best"], "results"),
+    ],
+)
+def test_data_and_size_have_a_folder_of_their_own(arguments, folder, monkeypatch):
+    """As train.py has it, so that one's own images never come into a folder that git tracks."""
+    monkeypatch.setenv("DATA_ROOT", "")  # the command sets it
+    monkeypatch.setenv("EXTRACTOR", "")
+    options = run_suite.parse_arguments(arguments)
+    run_suite.check(options)
+    assert options.out == ROOT / folder
+
+
+def test_an_end_while_real_cells_are_measured_does_not_wait_for_them():
+    """As SIGTERM makes it, which a machine's manager follows by a kill."""
+    code = """
+import signal, sys, threading, time, os, multiprocessing, run_suite
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+run_suite._measure_real_cells = time.sleep  # which the other process finds by its name
+def end():
+    while not multiprocessing.active_children():
+        time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGTERM)
+threading.Thread(target=end).start()
+run_suite.measure_real_cells(3600)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=300, check=False)
+    assert done.returncode == 143
+
+
 def test_broken_record_is_named(second):
     out, _, _ = second
     record = run_of(out, "cvae") / "record.json"

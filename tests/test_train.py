@@ -363,6 +363,11 @@ def test_options_take_every_type_and_published_names_mean_the_same():
         "embed_size": 5,
         "lr": 1e-3,
     }
+    assert [parse_training(a)[0].compile for a in ([], ["--compile"], ["--no_compile"])] == [
+        None,
+        True,
+        False,
+    ]
     assert parse_training([])[1] == {}  # what is not given stays as the preset has it
 
 
