@@ -73,8 +73,8 @@ class Config(ModelConfig):
 # nuclei were woven of lines along the pixels. The rate falls, so that curves end flat.
 BEST_64 = replace(Config(), image_size=64, noise=0.2, flips_and_turns=False, decay_images=478_400)
 
-# Narrower, with small batches and a third of the epochs: an hour on one CPU core. A reduced budget,
-# not a result. The last epoch is at the lowest rate.
+# Narrower, with small batches and a third of the epochs: an hour and a half on one CPU core. A
+# reduced budget, not a result. The last epoch is at the lowest rate.
 SMALL = replace(
     BEST_64,
     generator_channels=(64, 32, 32),

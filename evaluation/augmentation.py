@@ -67,7 +67,6 @@ PRIMARY = {
     "imbalance": (f"real+GAN {PRIMARY_AMOUNT}+strong", "real+oversampling+strong"),
 }
 REFERENCE, FLAW = "real", "published flaw"
-LEVEL = 0.05
 
 
 @dataclass(frozen=True)
@@ -774,7 +773,7 @@ def _verdict(p: float | None, difference: float | None, folds: int) -> str:
         return "too few folds"
     if p is None:
         return "no spread to test with"  # the same difference in each
-    if p >= LEVEL:
+    if p >= significance.LEVEL:
         return "within the noise"
     return "better" if difference > 0 else "worse"
 
@@ -911,7 +910,7 @@ def _rules(study: Study, rows: list[dict]) -> str:
         "of one seed share first weights and noise, so the spread holds other cells, but no other "
         "luck of training. Difference: of balanced accuracy, paired by fold, seeds averaged; "
         f"t-test {correction}; p adjusted over all comparisons of the table (Holm 1979). Verdict: "
-        f"at p < {LEVEL}, once all {FOLDS} folds are there."
+        f"at p < {significance.LEVEL}, once all {FOLDS} folds are there."
     )
 
 

@@ -266,9 +266,10 @@ def comparison_by_class(
     """The same with a row for each class.
 
     labels: int64 [N] of those of the parts, among them the first, whose images were drawn for a
-    class; the others are called mixed.
+    class. The others, which the rows say nothing about, come last and are called "no classes".
     """
     rows, columns = len(classes), 4
+    parts = dict(sorted(parts.items(), key=lambda part: part[0] not in labels))
     blocks = [
         _rows_of_classes(images, labels[name][: len(images)], rows, columns)
         if name in labels
@@ -277,7 +278,7 @@ def comparison_by_class(
     ]
     return _side_by_side(
         blocks,
-        [name if name in labels else f"{name}, mixed" for name in parts],
+        [name if name in labels else f"{name}, no classes" for name in parts],
         [name.replace(" ", "\n") for name in classes],
         [columns] * len(blocks),
         title_size=11,

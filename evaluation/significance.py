@@ -8,6 +8,8 @@ from utils import InputError
 
 # Spread below this share of the largest difference is rounding, not spread.
 ROUNDING = 1e-12
+# A difference whose adjusted p is below this is called beyond chance.
+LEVEL = 0.05
 
 
 def paired(

@@ -342,9 +342,10 @@ def ablation_table(runs: list[tuple[Ablation, list[dict]]]) -> list[dict]:
 
     runs: every row of the grid with the records of its trainings, an empty list where it was not
     run (its numbers are None then). differences: for each seed that both have, the Fréchet distance
-    minus that of the model's row without settings, as JSON, their mean and sd, and p of Student's
-    two-sided t-test of a mean of zero, plain and adjusted for all rows that have one (Holm 1979);
-    none for that row itself. floor_frechet: what held-out real cells get. Budgets may differ, since
+    minus that of the model's row without settings, as JSON, their number (pairs), mean and sd, p of
+    Student's two-sided t-test of a mean of zero, plain and adjusted for all rows that have one
+    (Holm 1979), and whether that is below `significance.LEVEL` (beyond_chance); none for that row
+    itself. floor_frechet: what held-out real cells get. Budgets may differ, since
     epochs may be what a row changes; `budget` and `images_seen` tell.
     Raises InputError where there are no records at all, for mixed protocols, for a seed that comes
     twice and for runs of one row with different configurations.
@@ -360,7 +361,11 @@ def ablation_table(runs: list[tuple[Ablation, list[dict]]]) -> list[dict]:
         for ablation, records in runs
     ]
     adjusted = significance.holm([row["difference_p"] for row in rows])
-    return [row | {"difference_p_holm": p} for row, p in zip(rows, adjusted)]
+    sure = [p is not None and p < significance.LEVEL for p in adjusted]
+    return [
+        row | {"difference_p_holm": p, "beyond_chance": known}
+        for row, p, known in zip(rows, adjusted, sure)
+    ]
 
 
 def _distances(records: list[dict]) -> dict[int, float]:
@@ -399,6 +404,7 @@ def _ablation_row(
         **_means([record["metrics"] for record in records], ABLATION),
         "differences": json.dumps(differences),
         **mean_and_sd("difference", values),
+        "pairs": len(values) or None,
         "difference_p": tested["p"],
         "trained_on": _trained_on(records) if records else "",
         "note": protocol.frechet_warning if records else "not measured",
@@ -408,14 +414,16 @@ def _ablation_row(
 def write_ablation_table(rows: list[dict], folder: str | Path) -> None:
     """Write the rows of `ablation_table` as table.csv and table.md into `folder`."""
     name, floor = rows[0]["distance_name"], rows[0]["floor_frechet"]
-    titles = [name, DIFFERENCE.title, "p (Holm)", *(column.title for column in ABLATION[1:])]
+    measures = [column.title for column in ABLATION[1:]]
+    titles = [name, DIFFERENCE.title, "Pairs", "p (Holm)", *measures]
     lines = [
         f"| Model | Change | What it is | Seeds | Images seen | {' | '.join(titles)} |",
         "|---|---|---|---:|---:|" + "---:|" * len(titles),
     ]
     for row in rows:
         distance, *others = [_cell(row, column) for column in ABLATION]
-        cells = [distance, _cell(row, DIFFERENCE), p_value(row["difference_p_holm"]), *others]
+        paired = [number(row["pairs"], "d"), p_value(row["difference_p_holm"])]
+        cells = [distance, _cell(row, DIFFERENCE), *paired, *others]
         if row["note"].startswith(WITHOUT_NUMBERS):
             cells[0] = row["note"]
         lines.append(
@@ -429,9 +437,9 @@ def write_ablation_table(rows: list[dict], folder: str | Path) -> None:
         "\n".join(lines),
         _rules(rows[0]),
         "Difference: of each training's distance from that of the same seed in that first row, "
-        "mean ± sd over the seeds that both have. p: of Student's two-sided t-test that this mean "
-        "is zero, adjusted for all comparisons of the table (Holm); below 0.05 it is called beyond "
-        "chance.",
+        "mean ± sd over these pairs. p: of Student's two-sided t-test that this mean is zero, "
+        "adjusted for all comparisons of the table (Holm); below "
+        f"{significance.LEVEL} it is called beyond chance.",
         f"{name} of held-out real images (floor): {number(floor, '.1f')}.",
         *([f"At a reduced budget, which is the change: {', '.join(shorter)}."] if shorter else []),
         *_machines(rows, lambda row: f"{row['model']} {row['ablation']}"),

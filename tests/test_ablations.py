@@ -150,6 +150,7 @@ def test_means_and_differences_from_the_own_baseline():
     assert [r["difference_mean"] for r in rows] == means
     assert json.loads(rows[1]["differences"]) == {"0": 35, "1": 35}
     assert [r["difference_sd"] for r in rows] == [None, 0, None, None, None, None]
+    assert [r["pairs"] for r in rows] == [None, 2, 1, None, None, None]
     assert [r["images_seen"] for r in rows[1:4]] == [1_190_400, 595_200, None]
     assert {r["protocol"] for r in rows} == {Protocol(**PROTOCOL).key()}
 
@@ -165,23 +166,24 @@ def test_p_of_differences_is_students_and_adjusted_for_all_rows():
     assert [row["difference_p"] for row in changed] == pytest.approx(expected)
     holm = [expected[0], 2 * expected[1]]  # the smaller one twice, the other alone
     assert [row["difference_p_holm"] for row in changed] == pytest.approx(holm)
+    assert [row["beyond_chance"] for row in (first, *changed)] == [False, False, True]
 
 
 def test_written_table(tmp_path):
     write_ablation_table(rows_of_two_models(), tmp_path)
     lines = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
     start = next(k for k, line in enumerate(lines) if line.startswith("| Model"))
-    measures = "FID | Difference | p (Holm) | KID | Precision | Recall"
+    measures = "FID | Difference | Pairs | p (Holm) | KID | Precision | Recall"
     assert lines[start] == f"| Model | Change | What it is | Seeds | Images seen | {measures} |"
-    gain, one = "+35.0 ± 0.0 | –", "0.25 | 0.750 | 0.500"
+    gain, one = "+35.0 ± 0.0 | 2 | –", "0.25 | 0.750 | 0.500"
     several = "0.25 ± 0 | 0.750 ± 0.000 | 0.500 ± 0.000"
     assert lines[start + 2 : start + 8] == [
-        f"| cvae | baseline | – | 0, 1, 2 | 1,190,400 | 100.0 ± 10.0 | – | – | {several} |",
+        f"| cvae | baseline | – | 0, 1, 2 | 1,190,400 | 100.0 ± 10.0 | – | – | – | {several} |",
         f"| cvae | latent 8 | its latent 8 | 0, 1 | 1,190,400 | 130.0 ± 7.1 | {gain} | {several} |",
-        f"| cvae | half | its half | 0 | 595,200 | 95.0 | +5.0 | – | {one} |",
-        "| cvae | lr 1 | its lr 1 | – | – | not measured | – | – | – | – | – |",
-        "| dcgan | baseline | – | – | – | not measured | – | – | – | – | – |",
-        f"| dcgan | latent 8 | its latent 8 | 0 | 1,190,400 | 200.0 | – | – | {one} |",
+        f"| cvae | half | its half | 0 | 595,200 | 95.0 | +5.0 | 1 | – | {one} |",
+        "| cvae | lr 1 | its lr 1 | – | – | not measured | – | – | – | – | – | – |",
+        "| dcgan | baseline | – | – | – | not measured | – | – | – | – | – | – |",
+        f"| dcgan | latent 8 | its latent 8 | 0 | 1,190,400 | 200.0 | – | – | – | {one} |",
     ]
     text = "\n".join(lines)
     assert text.startswith("Ablations") and "5,133 images" in text and "device" not in text
@@ -203,7 +205,7 @@ def test_too_few_images_for_a_distance_leave_no_difference(tmp_path):
     write_ablation_table(rows, tmp_path)
     text = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert (
-        "| 0 | 1,190,400 | – | – | – | 0.25 |" in text
+        "| 0 | 1,190,400 | – | – | – | – | 0.25 |" in text
         and "(floor): –." in text
         and "not measured" not in text
     )

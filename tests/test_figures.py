@@ -141,9 +141,9 @@ def test_the_balance_of_a_contest_is_the_margin_or_the_difference_of_probabiliti
 def test_a_comparison_has_rows_of_classes_where_images_were_drawn_for_one():
     images = torch.arange(9, dtype=torch.uint8)[:, None, None, None].expand(9, 3, 28, 28) * 10
     labels = torch.tensor([1, 0, 1, 1, 1, 1, 1, 1, 1])
-    parts = {"real": images, "asked": images, "other": images}
+    parts = {"real": images, "other": images, "asked": images}
     figure = figures.comparison_by_class(parts, {"real": labels, "asked": labels}, ("a", "b"))
-    assert [axis.get_title() for axis in figure.axes] == ["real", "asked", "other, mixed"]
+    assert [axis.get_title() for axis in figure.axes] == ["real", "asked", "other, no classes"]
     assert [text.get_text() for text in figure.axes[0].texts] == ["a", "b"]
 
     def tiles(axis) -> list[list[int]]:

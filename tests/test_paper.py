@@ -282,6 +282,7 @@ def test_ablations_appear_with_their_rows(copy):
     numbers = {"frechet_mean": "1700.04", "frechet_sd": "", "kid_mean": "88.1", "kid_sd": ""}
     row = {"model": "cvae", "ablation": "latent 32", "seeds": "0"} | numbers
     row |= {"difference_mean": "-55.0", "difference_sd": "", "difference_p_holm": "0.0321"}
+    row |= {"pairs": "1", "beyond_chance": "True"}
     row |= {"settings": '{"latent_dim": 32}'}
     missing = row | {"ablation": "never trained", "frechet_mean": ""}
     alone = row | {"model": "dcgan", "ablation": "never changed", "settings": "{}"}
@@ -290,7 +291,7 @@ def test_ablations_appear_with_their_rows(copy):
     assert (
         "latent 32" in text
         and "1,700.0" in text
-        and "−55.0 0.032" in text
+        and "−55.0 1 0.032" in text
         and "never trained" not in text
         and "never changed" not in text
     )
