@@ -223,7 +223,8 @@ class GenerativePipeline:
         self.ema = RunningMean(self.model, decay) if decay else None
         self.step, self.seconds, self.history, self.best = 0, 0.0, [], None
         self.training = None  # how it was trained; known once it is over
-        self.devices = [describe_device(self.device)]  # that it was trained on, one after another
+        # What it was trained on, one after another, and whether its networks were compiled there.
+        self.devices, self.compiled = [describe_device(self.device)], [self.compile]
         own = self._identity()
         self.validated_with = {name: own[name] for name in self.config.SAMPLING}
         self.kept = None  # the kept weights, where they come from their file
@@ -419,6 +420,7 @@ class GenerativePipeline:
             "classes": list(self.sets["train"].classes),
             "precision": self.precision,
             "devices": self.devices,
+            "compiled": self.compiled,
             "step": self.step,
             "seconds": self.seconds,
             "history": self.history,
@@ -463,6 +465,7 @@ class GenerativePipeline:
         self.history, self.best = state["history"], state["best"]
         # In the order in which they trained; older checkpoints don't name them.
         self.devices = list(dict.fromkeys([*state.get("devices", []), *self.devices]))
+        self.compiled = list(dict.fromkeys([*state.get("compiled", []), *self.compiled]))
         self._take_up(state)
         if self.best and not self.config.validation_epochs:
             self._keep_the_last_step()
@@ -923,7 +926,7 @@ class GenerativePipeline:
             "seconds": round(self.seconds, 1),
             "images_per_second": round(images_seen / self.seconds, 1),
             "precision": self.precision,
-            "compiled": self.compile,
+            "compiled": self.compile if len(self.compiled) == 1 else "in part",
             **describe_machine(self.device),
             "device": ", then ".join(self.devices),
         }

@@ -680,7 +680,8 @@ def _trained_on(group: list[dict]) -> str:
     for record in group:
         # Records from before the precision could be chosen have that of their device.
         usual = "float32" if record["device"].lower().startswith("cpu") else "bfloat16"
-        compiled = ", compiled" * record.get("compiled", False)
+        kinds = {True: ", compiled", "in part": ", compiled in part"}
+        compiled = kinds.get(record.get("compiled"), "")
         places[f"{record['device']} in {record.get('precision', usual)}{compiled}"] += 1
     if len(places) == 1:
         return next(iter(places))

@@ -423,7 +423,7 @@ def test_a_checkpoint_holds_plain_types_and_plain_keys(make):
     pipeline.train()
     state = torch.load(pipeline.checkpoint_path, weights_only=True)
     assert state.keys() == {
-        *("format", "identity", "step", "seconds", "history", "devices"),
+        *("format", "identity", "step", "seconds", "history", "devices", "compiled"),
         *("classes", "precision", "model", "ema", "ema_updates", "optimizers", "best", "training"),
     }
     for weights in (state["model"], state["ema"], state["best"]["state"]):
@@ -1145,8 +1145,11 @@ def test_a_training_that_went_on_elsewhere_names_both_machines(make, monkeypatch
     first = begun.devices
     monkeypatch.setattr("generative_pipeline.describe_device", lambda device: "another")
     again = make()
+    again.compile = True  # as on a GPU, whose networks here stay as they are
+    again.compiled = [True]
     again.train()
     assert again.training["device"] == f"{first[0]}, then another"
+    assert (begun.compiled, again.training["compiled"]) == ([False], "in part")
     assert read_weights(again)["training"]["device"] == again.training["device"]
     assert make().devices == ["another"] != first  # of a training that has not begun
 

@@ -442,6 +442,9 @@ def test_trainings_on_two_devices_are_told(tmp_path):
     text = (tmp_path / "t.md").read_text()
     places = "ddpm best: 1 on NVIDIA H200 in bfloat16, 1 on cpu in float32"
     assert f"compiled alike ({places})." in text
+    gpu["compiled"] = "in part"
+    write_table(results_table([record(0), gpu]), tmp_path, "t")
+    assert "bfloat16, compiled in part, 1 on cpu" in (tmp_path / "t.md").read_text()
     write_table(results_table([record(0), record(1)]), tmp_path, "t")
     assert "same device" not in (tmp_path / "t.md").read_text()
 
