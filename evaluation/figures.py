@@ -278,7 +278,7 @@ def comparison_by_class(
     ]
     return _side_by_side(
         blocks,
-        [name if name in labels else f"{name}, no classes" for name in parts],
+        [name if name in labels else f"{name}\nno classes" for name in parts],
         [name.replace(" ", "\n") for name in classes],
         [columns] * len(blocks),
         title_size=11,

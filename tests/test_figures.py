@@ -143,7 +143,7 @@ def test_a_comparison_has_rows_of_classes_where_images_were_drawn_for_one():
     labels = torch.tensor([1, 0, 1, 1, 1, 1, 1, 1, 1])
     parts = {"real": images, "other": images, "asked": images}
     figure = figures.comparison_by_class(parts, {"real": labels, "asked": labels}, ("a", "b"))
-    assert [axis.get_title() for axis in figure.axes] == ["real", "asked", "other, no classes"]
+    assert [axis.get_title() for axis in figure.axes] == ["real", "asked", "other\nno classes"]
     assert [text.get_text() for text in figure.axes[0].texts] == ["a", "b"]
 
     def tiles(axis) -> list[list[int]]:
