@@ -19,7 +19,6 @@ TINY = dataclasses.replace(
     gamma_end=1.0,  # as at first
     gamma=1.0,
     penalty_interval=4,
-    decay_images=10**9,  # the rate stays
     batch_size=8,
     flips_and_turns=True,
 )
@@ -160,6 +159,12 @@ def test_both_learning_rates_fall_with_the_images_seen():
     cosines = [(1 + math.cos(math.pi * min(1, k / 6))) / 2 for k in range(1, 8)]
     expected = [0.1 * (0.02 + 0.98 * c) for c in cosines]
     assert [one for one, _ in rates] == pytest.approx(expected)
+
+
+def test_the_preset_s_rate_stays():
+    config = r3gan.Config()
+    seen = config.epochs * 11_959
+    assert r3gan.Model(config).learning_rate(seen) == pytest.approx(config.lr, rel=1e-6)
 
 
 def penalised(model: r3gan.Model, optimizers: dict, steps: int) -> list[bool]:
