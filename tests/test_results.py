@@ -19,6 +19,7 @@ import torch
 
 import run_suite
 from custom_models import make_config
+from custom_models.ablations import GRIDS
 from custom_models.arithmetic import flop_of_training
 from custom_models.config import stored_settings
 from evaluation import (
@@ -894,9 +895,10 @@ def test_findings_have_the_numbers_of_the_published_grid():
     words, rows = words_of_the_pages(), rows_of_grid("published")
     cvae = changed(rows, "cvae")
     latents = ("latent 16", "latent 32", "latent 128")
-    assert set(cvae) == {*KL_ROWS, *latents, "lr 0.0001", "epochs 50"}
+    assert set(cvae) == {*KL_ROWS, *latents, "lr 0.0001", "lr 0.0005", "epochs 50"}
+    assert set(cvae) == {a.name for a in GRIDS["published"] if a.model == "cvae" and a.settings}
     assert not changed(rows, "dcgan") and not changed(rows, "ddpm")
-    assert "eight are measured, each over three trainings." in words
+    assert "nine are measured, all of the CVAE's, each over three trainings." in words
     (usual,) = {own for _, own in cvae.values()}  # of the same seeds
     low, middle, high = (cvae[name][0] for name in KL_ROWS)
     weights = low, middle, usual, high
@@ -917,8 +919,9 @@ def test_findings_have_the_numbers_of_the_published_grid():
     )
     assert half == wide == round(nats[2])
     assert f"codes hold {wide} nats with 32, 64 or 128 of them, and {few} with 16." in words
-    sentence = "A tenth of the learning rate lies at {}, half as many epochs at {}."
-    assert sentence.format(cvae["lr 0.0001"][0], cvae["epochs 50"][0]) in words
+    sentence = "A tenth of the learning rate lies at {}, half of it at {}, half as many epochs at "
+    shown = (cvae[name][0] for name in ("lr 0.0001", "lr 0.0005", "epochs 50"))
+    assert (sentence + "{}.").format(*shown) in words
     tested = {r["ablation"]: r for r in rows if r["difference_p_holm"] is not None}
     sure = {name for name, row in tested.items() if row["difference_p_holm"] < 0.05}
     alone = {name for name, row in tested.items() if row["difference_p"] < 0.05}
@@ -930,7 +933,8 @@ def test_findings_have_the_numbers_of_the_published_grid():
     shown = adjusted[0], adjusted[-1]
     assert "(p ≤ 0.02 each, {:.3f} to {:.3f} after Holm)".format(*shown) in words
     both = (tested["latent 128"][name] for name in ("difference_p", "difference_p_holm"))
-    assert "128 latents hardly ({:.3f} and {:.3f}), 32 not.".format(*both) in words
+    sentence = "128 latents hardly ({:.3f} and {:.3f}), 32 and half the learning rate not."
+    assert sentence.format(*both) in words
 
 
 DCGAN_ROWS = {
