@@ -758,8 +758,8 @@ def test_findings_have_the_numbers_of_the_grid_of_best():
     assert not changed(rows, "ddpm")
     measured = [r for r in rows if r["frechet_mean"] and r["settings"] != "{}"]
     assert {r["ablation"] for r in measured if r["model"] == "dcgan"} == DCGAN_ROWS
-    assert len(measured) == 13 and "Thirteen rows of the [table of ablations]" in words
-    assert "Measured so far are thirteen rows of ours, nine of which needed no training" in words
+    assert len(measured) == 14 and "Fourteen rows of the [table of ablations]" in words
+    assert "Measured so far are fourteen rows of ours, nine of which needed no training" in words
     assert {len(json.loads(row["differences"])) for row in measured} == {3, 5}
     gains = {(r["model"], r["ablation"]): r for r in rows if r["difference_sd"]}
     sure = {key for key, r in gains.items() if r["difference_p_holm"] < 0.05}
@@ -844,6 +844,19 @@ def test_findings_have_the_numbers_of_the_dcgan_s_contest():
     assert "the recall is {:.2f} instead of {:.2f}: turns".format(*recalls) in words
     for records in (turned, plain, no_jpeg, no_ema, best, falling):
         assert all(r["metrics"]["copies"]["verdict"] == "no sign of copies" for r in records)
+    dct = three_of("ablations/best/dcgan-best-dct-chroma", (0, 1, 2))
+    sentence = "lie at {:.0f}, {:.0f} and {:.0f} instead of {:.0f}, {:.0f} and {:.0f}, as real"
+    assert sentence.format(*distances(dct), *distances(best[:3])) in words
+    shown = kept(dct), kept(best[:3])
+    sentence = "steps says the same ({:.1f} instead of {:.1f} in the mean), and was still falling"
+    assert sentence.format(*shown) in words
+    for record in (*dct, *no_jpeg):
+        kids = [row["validation_kid"] for row in record["history"] if "validation_kid" in row]
+        assert kids[-1] == min(kids)
+    (row,) = (r for r in rows_of_grid("best") if r["ablation"] == "dct chroma")
+    shown = row["difference_p"], row["difference_p_holm"]
+    assert "within chance (p = {:.3f}, {:.2f} after Holm)".format(*shown) in words
+    assert all(r["metrics"]["copies"]["verdict"] == "no sign of copies" for r in dct)
     first = [[r["history"][0]["margin"] for r in records] for records in (five, best)]
     sentence = "{:.1f} to {:.1f} in the mean of the first epoch, and {:.1f} to {:.1f} in the "
     sentence = sentence.format(*(x for part in first for x in (min(part), max(part))))
@@ -873,9 +886,6 @@ def test_findings_have_the_numbers_of_the_dcgan_s_contest():
     assert wide[0][0] >= half and wide[0][1:] == [0, 0] and wide[1:] == [[0] * 5, [0, 0, 1]]
     folder = "dcgan-best-gamma-1-turns-no-jpeg/seed2/"
     assert f"In [one of the three](ablations/best/{folder}" in words
-    for record in no_jpeg:
-        kids = [row["validation_kid"] for row in record["history"] if "validation_kid" in row]
-        assert kids[-1] == min(kids)
 
 
 def distances(records: list[dict]) -> list[float]:
@@ -938,7 +948,7 @@ def test_findings_have_the_numbers_of_the_published_grid():
 
 
 DCGAN_ROWS = {
-    *("gamma 1", "falling rate", "no EMA", "falling rate + no EMA"),
+    *("dct chroma", "gamma 1", "falling rate", "no EMA", "falling rate + no EMA"),
     *(f"gamma 1 + turns{more}" for more in ("", " + no JPEG", " + no EMA")),
 }
 KL_ROWS = ("KL weight 0.25", "KL weight 0.5", "KL weight 1")
