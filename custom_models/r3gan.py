@@ -38,7 +38,7 @@ class Config(ModelConfig):
     anneal_images: int = 240_000  # images over which that weight falls
     penalty_interval: int = 2  # steps between penalties, which then weigh as much more
     lr: float = 4e-4  # largest step size of Adam, for both networks
-    decay_images: int = 10**9  # images over which lr falls to a fiftieth, by a cosine: it stays
+    decay_images: int = 10**9  # images over which lr falls to a fiftieth; so many: it stays
     beta1: float = 0.0  # of Adam: share of the past in the mean gradient
     beta2: float = 0.99  # of Adam: share of the past in the mean squared gradient
     jpeg_quality: int = 75  # of the data set's files, 1 to 100; 0: it was not stored as JPEG
