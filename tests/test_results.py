@@ -888,6 +888,18 @@ def test_findings_have_the_numbers_of_the_dcgan_s_contest():
     assert f"In [one of the three](ablations/best/{folder}" in words
 
 
+def test_the_dcgan_s_notebook_has_the_numbers_of_its_trainings():
+    words = (RESULTS.parent / "notebooks" / "dcgan.ipynb").read_text()
+    runs = three_of("runs/dcgan-best", range(5))
+    minutes = [r["seconds"] / 60 for r in runs]
+    sentence = "`best` {:.0f} to {:.0f} minutes beside other work (in bfloat16, compiled)"
+    assert sentence.format(min(minutes), max(minutes)) in words
+    last = three_distances("ablations/best/dcgan-best-no-ema")
+    times = [x / y for x, y in zip(last, distances(runs[:3]), strict=True)]
+    sentence = "the last weights by themselves are {:.1f} to {:.1f} times as far)"
+    assert sentence.format(min(times), max(times)) in words
+
+
 def distances(records: list[dict]) -> list[float]:
     return [r["metrics"]["frechet_distance"] for r in records]
 
